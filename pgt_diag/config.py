@@ -1,0 +1,361 @@
+"""One frozen run configuration, its presets, and the checks made before any tensor exists.
+
+Standard library only, so that the command line can list every choice without importing torch.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from pgt_diag.errors import ConfigurationError
+
+
+class Method(StrEnum):
+    """How the gradient is changed: at the logits (PGT), after the backward pass (GC, AGC), or both.
+
+    Source: Section 1 of the paper (Type I and Type II) and its Table 2.
+    """
+
+    BASELINE = "baseline"
+    PGT = "pgt"
+    GC = "gc"
+    AGC = "agc"
+    GC_PGT = "gc+pgt"
+    AGC_PGT = "agc+pgt"
+
+    @property
+    def uses_pgt(self) -> bool:
+        """Whether the loss is the PowerGrad cross-entropy."""
+        return self in (Method.PGT, Method.GC_PGT, Method.AGC_PGT)
+
+    @property
+    def uses_gc(self) -> bool:
+        """Whether the global gradient norm is clipped."""
+        return self in (Method.GC, Method.GC_PGT)
+
+    @property
+    def uses_agc(self) -> bool:
+        """Whether each filter's gradient is clipped relative to the filter's norm."""
+        return self in (Method.AGC, Method.AGC_PGT)
+
+
+class DatasetName(StrEnum):
+    """The data sets `pgt-diag train --dataset` knows."""
+
+    DIGITS = "digits"
+    FASHION_MNIST = "fashion-mnist"
+    CIFAR10 = "cifar10"
+    CIFAR100 = "cifar100"
+    IMAGEFOLDER = "imagefolder"
+    SYNTHETIC = "synthetic"
+
+
+class Norm(StrEnum):
+    """The network's normalisation layers: none (the paper's subject) or batch (its Table 1)."""
+
+    NONE = "none"
+    BATCH = "batch"
+
+
+class Stem(StrEnum):
+    """First layers of a ResNet: 7×7/2 convolution and pooling, or 3×3/1 and none."""
+
+    IMAGENET = "imagenet"
+    SMALL = "small"
+
+
+class Schedule(StrEnum):
+    """Learning rate after warm-up: cosine, ÷10 at milestones, or constant."""
+
+    COSINE = "cosine"
+    STEP = "step"
+    CONSTANT = "constant"
+
+
+class Augment(StrEnum):
+    """Training augmentation; auto chooses by data set."""
+
+    AUTO = "auto"
+    NONE = "none"
+    SMALL = "small"
+    IMAGENET = "imagenet"
+
+
+class Device(StrEnum):
+    """Where to train; auto takes a CUDA GPU when there is one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Amp(StrEnum):
+    """Mixed precision; auto is bf16 on CUDA and off on CPU. fp16 adds a GradScaler."""
+
+    AUTO = "auto"
+    OFF = "off"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+
+class Preset(StrEnum):
+    """Named starting points; options given beside a preset override it."""
+
+    SMOKE = "smoke"
+    FASHION = "fashion"
+    PAPER = "paper"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the course of a run. Choices may be given as text.
+
+    Raises ConfigurationError, naming the key, the value and what is allowed, when a value cannot
+    be used. Learning rate, warm-up and schedule are counted in epochs but stepped every iteration.
+    """
+
+    dataset: DatasetName = DatasetName.DIGITS
+    data: str | None = None
+    image_size: int | None = None
+    augment: Augment = Augment.AUTO
+    synthetic_images: int = 512
+    synthetic_classes: int = 10
+    workers: int = 0
+
+    model: str = "resnet18"
+    norm: Norm = Norm.NONE
+    stem: Stem = Stem.IMAGENET
+
+    method: Method = Method.BASELINE
+    alpha: float = 0.25
+    clip_norm: float = 2.0
+    agc_clip_factor: float = 0.01
+    agc_eps: float = 1e-3
+    agc_classifier: bool = False
+    label_smoothing: float = 0.0
+
+    batch_size: int = 256
+    epochs: int = 100
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    decay_biases: bool = False
+    schedule: Schedule = Schedule.COSINE
+    step_epochs: tuple[int, ...] = (30, 60, 90)
+    warmup_epochs: float = 5.0
+    warmup_lr: float = 4e-4
+    min_lr: float = 0.0
+
+    seed: int = 0
+    device: Device = Device.AUTO
+    amp: Amp = Amp.AUTO
+    threads: int | None = None
+
+    record_every: int | None = None
+    min_spell: int | None = None
+    feature_map_layer: int = 1
+    feature_map_images: int = 4
+    feature_map_snapshots: int = 9
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = _coerce(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+        _check(self)
+
+    @classmethod
+    def from_mapping(cls, values: dict[str, Any], source: str = "") -> Self:
+        """Build a configuration from plain values (TOML, JSON), with text for the choices.
+
+        `source` is the file that error messages name, if there is one.
+        """
+        try:
+            check_keys(values)
+            return cls(**values)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{source}: {error}" if source else str(error)) from None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Return plain values that JSON and TOML can hold; inverse of `from_mapping`."""
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+
+
+def check_keys(values: dict[str, Any]) -> None:
+    """Raise ConfigurationError for the first key that RunConfig lacks, naming the nearest."""
+    for key in values:
+        if key not in _TYPES:
+            near = difflib.get_close_matches(key, _TYPES, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigurationError(f"unknown key '{key}'{hint}")
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
+    """Read a configuration file: RunConfig's keys, with dashes or underscores, and `preset`.
+
+    Raises ConfigurationError, naming the file, when it cannot be read or holds an unknown key.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    preset = values.pop("preset", None)
+    if preset is not None and preset not in list(Preset):
+        raise ConfigurationError(f"{path}: preset is {preset!r}; choose one of {', '.join(Preset)}")
+    try:
+        check_keys(values)
+        values = {key: _coerce(key, value) for key, value in values.items()}
+        return values, Preset(preset) if preset else None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
+
+
+_TYPES: dict[str, Any] = typing.get_type_hints(RunConfig)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, StrEnum):
+        return value.value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _coerce(key: str, value: Any) -> Any:
+    """Turn a plain value into the field's type; ConfigurationError when it is of another kind."""
+    if isinstance(value, StrEnum):
+        return value
+    wanted = _TYPES[key]
+    if isinstance(wanted, types.UnionType):
+        if value is None:
+            return None
+        wanted = next(kind for kind in wanted.__args__ if kind is not types.NoneType)
+    if isinstance(wanted, type) and issubclass(wanted, StrEnum):
+        choices = [str(choice) for choice in wanted]
+        if value not in choices:
+            raise ConfigurationError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
+        return wanted(value)
+    if typing.get_origin(wanted) is tuple:
+        if isinstance(value, list | tuple) and all(type(item) is int for item in value):
+            return tuple(value)
+        raise ConfigurationError(f"{key} is {value!r}; it must be a list of integers")
+    if wanted is float and type(value) is int:
+        return float(value)
+    if type(value) is not wanted:
+        raise ConfigurationError(f"{key} is {value!r}; it must be of type {wanted.__name__}")
+    return value
+
+
+def _check(config: RunConfig) -> None:
+    for key, low, high in _RANGES:
+        value = getattr(config, key)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ConfigurationError(f"{key} is {value}; it must {_describe(low, high)}")
+    if config.lr == 0 or (config.method.uses_gc and config.clip_norm == 0):
+        key = "lr" if config.lr == 0 else "clip_norm"
+        raise ConfigurationError(f"{key} is 0; it must be greater than 0")
+    if config.nesterov and config.momentum == 0:
+        raise ConfigurationError("nesterov is on and momentum is 0; set momentum, or nesterov off")
+    if config.warmup_epochs > config.epochs:
+        raise ConfigurationError(
+            f"warmup_epochs is {config.warmup_epochs}, more than the run's {config.epochs} epochs"
+        )
+    if list(config.step_epochs) != sorted(set(config.step_epochs)):
+        raise ConfigurationError(f"step_epochs is {list(config.step_epochs)}; it must increase")
+    if config.device is Device.CPU and config.amp is Amp.FP16:
+        raise ConfigurationError("amp is fp16 and device is cpu; fp16 needs a GPU")
+
+
+_ANY = math.inf
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("image_size", 1, 4096),
+    ("synthetic_images", 2, _ANY),
+    ("synthetic_classes", 2, _ANY),
+    ("workers", 0, 1024),
+    ("alpha", 0, 1),
+    ("clip_norm", 0, _ANY),
+    ("agc_clip_factor", 0, _ANY),
+    ("agc_eps", 0, _ANY),
+    ("label_smoothing", 0, 1),
+    ("batch_size", 1, _ANY),
+    ("epochs", 1, _ANY),
+    ("lr", 0, _ANY),
+    ("momentum", 0, 1),
+    ("weight_decay", 0, _ANY),
+    ("warmup_epochs", 0, _ANY),
+    ("warmup_lr", 0, _ANY),
+    ("min_lr", 0, _ANY),
+    ("seed", 0, 2**63 - 1),
+    ("threads", 1, 4096),
+    ("record_every", 1, _ANY),
+    ("min_spell", 1, _ANY),
+    ("feature_map_layer", 0, _ANY),
+    ("feature_map_images", 1, 64),
+    ("feature_map_snapshots", 0, 1000),
+)
+
+
+def _describe(low: float, high: float) -> str:
+    return f"be a number of at least {low:g}" if high == _ANY else f"lie in [{low:g}, {high:g}]"
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    # Baseline and PGT both learn with these; PGT diverges at learning rates the baseline bears.
+    Preset.SMOKE: {
+        "dataset": "digits",
+        "image_size": 32,
+        "batch_size": 128,
+        "epochs": 15,
+        "lr": 0.01,
+        "warmup_epochs": 5.0,
+    },
+    Preset.FASHION: {
+        "dataset": "fashion-mnist",
+        "image_size": 32,
+        "batch_size": 128,
+        "epochs": 3,
+        "lr": 0.01,
+        "warmup_epochs": 1.0,
+    },
+    # Section 4 of the paper.
+    Preset.PAPER: {
+        "dataset": "imagefolder",
+        "batch_size": 1024,
+        "epochs": 100,
+        "lr": 0.4,
+        "warmup_epochs": 5.0,
+        "warmup_lr": 4e-4,
+        "workers": 8,
+    },
+}
+
+PRESET_OF_DATASET = {
+    DatasetName.DIGITS: Preset.SMOKE,
+    DatasetName.SYNTHETIC: Preset.SMOKE,
+    DatasetName.FASHION_MNIST: Preset.FASHION,
+    DatasetName.CIFAR10: Preset.FASHION,
+    DatasetName.CIFAR100: Preset.FASHION,
+    DatasetName.IMAGEFOLDER: Preset.PAPER,
+}
+"""The preset that a data set's recipe is taken from when none is named."""
+
+
+def compose(
+    preset: Preset | None, file: dict[str, Any], options: dict[str, Any]
+) -> tuple[RunConfig, Preset]:
+    """Return a configuration: options before the file, the file before the preset's values.
+
+    With no preset, the one of the data set. Also returns the preset that was used.
+    """
+    dataset = options.get("dataset", file.get("dataset"))
+    if preset is None:
+        preset = PRESET_OF_DATASET[DatasetName(dataset)] if dataset else Preset.SMOKE
+    return RunConfig.from_mapping({**PRESETS[preset], **file, **options}), preset

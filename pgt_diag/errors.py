@@ -1,0 +1,37 @@
+"""The errors a user sees: one line each, with the exit code the command line ends with.
+
+Every message names what is wrong, where, and what to do about it. `commands.app` is the only
+place that prints them.
+"""
+
+
+class PgtDiagError(Exception):
+    """Base of every error that is somebody's mistake or bad luck, not a defect of pgt-diag."""
+
+    exit_code = 1
+
+
+class ConfigurationError(PgtDiagError, ValueError):
+    """An option, a configuration value or an argument that cannot be used (exit code 2)."""
+
+    exit_code = 2
+
+
+class DataError(PgtDiagError):
+    """A data set that is missing, empty or unreadable (exit code 3)."""
+
+    exit_code = 3
+
+
+class RunDirectoryError(PgtDiagError):
+    """A run directory that is missing, taken, damaged or from another version (exit code 3)."""
+
+    exit_code = 3
+
+
+class RecorderError(PgtDiagError, RuntimeError):
+    """A training loop that the recorder cannot follow (exit code 1)."""
+
+
+class DivergedError(PgtDiagError):
+    """The loss became NaN or infinite (exit code 1)."""

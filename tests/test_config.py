@@ -1,0 +1,90 @@
+"""Configurations: every mistake named, every preset usable, order of precedence."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pgt_diag.config import PRESETS, Method, Preset, RunConfig, Schedule, compose, read_toml
+from pgt_diag.errors import ConfigurationError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alpha": 1.5}, r"alpha is 1\.5; it must lie in \[0, 1\]"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": "high"}, "alpha is 'high'; it must be of type float"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be of type int"),
+        ({"epochs": True}, "epochs is True"),
+        ({"epochs": 0}, "epochs is 0; it must be a number of at least 1"),
+        ({"lr": 0.0}, "lr is 0; it must be greater than 0"),
+        ({"method": "PGT"}, "method is 'PGT'; choose one of baseline, pgt, gc"),
+        ({"metod": "pgt"}, "unknown key 'metod'; did you mean 'method'"),
+        ({"warmup_epochs": 9, "epochs": 3}, "warmup_epochs is 9.0, more than the run's 3 epochs"),
+        ({"step_epochs": [60, 30]}, "step_epochs is .* increase"),
+        ({"step_epochs": "30"}, "step_epochs is '30'; it must be a list of integers"),
+        ({"momentum": 0.0}, "nesterov is on and momentum is 0"),
+    ],
+)
+def test_a_mistake_is_named_with_its_value_and_the_remedy(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        RunConfig.from_mapping(values)
+
+
+def test_plain_values_and_back_is_the_same_configuration() -> None:
+    config = RunConfig(method=Method.AGC_PGT, schedule=Schedule.STEP, step_epochs=(2, 5), data="x")
+    assert RunConfig.from_mapping(config.to_mapping()) == config
+    assert all(
+        type(value) in {str, int, float, bool, list, type(None)}
+        for value in config.to_mapping().values()
+    )
+
+
+@pytest.mark.parametrize("preset", Preset)
+def test_presets_hold_only_known_keys_and_usable_values(preset: Preset) -> None:
+    config, used = compose(preset, {}, {})
+    assert used is preset
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert set(PRESETS[preset]) <= fields
+
+
+def test_options_go_before_the_file_and_the_file_before_the_preset(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('preset = "fashion"\nbatch-size = 64\nlr = 0.5\nmethod = "gc"\n')
+    values, preset = read_toml(file)
+    config, used = compose(preset, values, {"lr": 0.25})
+    assert used is Preset.FASHION
+    assert (config.lr, config.batch_size, config.method) == (0.25, 64, Method.GC)
+    assert config.epochs == PRESETS[Preset.FASHION]["epochs"]
+
+
+def test_the_data_set_chooses_the_preset_when_none_is_named() -> None:
+    assert compose(None, {}, {})[1] is Preset.SMOKE
+    assert compose(None, {"dataset": "imagefolder"}, {})[1] is Preset.PAPER
+    assert compose(None, {"dataset": "imagefolder"}, {"dataset": "cifar10"})[1] is Preset.FASHION
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr = ", "cannot be read as TOML"),
+        ("epoch = 3", "unknown key 'epoch'; did you mean 'epochs'"),
+        ('preset = "smok"', "preset is 'smok'; choose one of smoke, fashion, paper"),
+        ("preset = [1]", "preset is"),
+        ("[lr]\nx = 1", "lr is"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=rf"run\.toml: .*{message}"):
+        read_toml(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"no\.toml: cannot be read"):
+        read_toml(tmp_path / "no.toml")
