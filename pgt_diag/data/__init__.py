@@ -1,0 +1,33 @@
+"""Data sets: from a RunConfig to batches of normalised images on the training device."""
+
+import torch
+
+from pgt_diag.config import DatasetName, RunConfig
+from pgt_diag.data.base import ImageData
+from pgt_diag.data.folder import FolderData
+from pgt_diag.data.memory import InMemoryData
+from pgt_diag.data.sources import read_images
+from pgt_diag.errors import ConfigurationError
+
+__all__ = ["ImageData", "load_data"]
+
+
+def load_data(
+    config: RunConfig, *, device: torch.device | str = "cpu", download: bool = False
+) -> ImageData:
+    """Open the data set that a configuration names.
+
+    Small data sets are read whole and kept on `device` as uint8; `imagefolder` only lists its
+    files, so a damaged image is found when its batch is read. `download` fetches fashion-mnist
+    and the CIFARs if they are not there yet.
+
+    Raises DataError when the data is missing, incomplete or damaged, and ConfigurationError when
+    the configuration does not fit it (a batch larger than the training set, a folder given to a
+    data set that has none).
+    """
+    device = torch.device(device)
+    if config.dataset is not DatasetName.IMAGEFOLDER:
+        return InMemoryData(config, device, read_images(config, download=download))
+    if download:
+        raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
+    return FolderData(config, device)

@@ -1,0 +1,159 @@
+"""What every data set offers the training loop, and the randomness that makes runs repeatable."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgt_diag.config import Augment, DatasetName, RunConfig
+from pgt_diag.errors import ConfigurationError
+
+
+def random_number(*key: str | int) -> int:
+    """Return 64 bits that depend on every part of `key` and on nothing else.
+
+    Augmentation keyed on (seed, epoch, image) is the same for any number of worker processes and
+    after a resume in the middle of an epoch.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
+
+
+def seeded(*key: str | int) -> torch.Generator:
+    """Return a CPU generator started from `random_number(*key)`."""
+    return torch.Generator().manual_seed(random_number(*key))
+
+
+def chosen_augmentation(config: RunConfig) -> Augment:
+    """Resolve `auto`: none for digits and synthetic, imagenet for folders, else small."""
+    if config.augment is not Augment.AUTO:
+        return config.augment
+    if config.dataset in (DatasetName.DIGITS, DatasetName.SYNTHETIC):
+        return Augment.NONE
+    return Augment.IMAGENET if config.dataset is DatasetName.IMAGEFOLDER else Augment.SMALL
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a data set before training.
+
+    `test_target` is (test_size,) int64 on the CPU; `mean` and `std` are per channel (3 values)
+    for pixel values in [0, 1]; `split` and `source` are sentences for people.
+    """
+
+    classes: tuple[str, ...]
+    image_size: int
+    train_size: int
+    test_target: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+    split: str
+    source: str
+
+
+class ImageData(ABC):
+    """Training and test images of one data set, in batches.
+
+    Batches are pairs on the training device: images (B, 3, S, S) float32, normalised by the data
+    set's mean and standard deviation, and target (B,) int64.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, facts: Facts) -> None:
+        self.name = config.dataset.value
+        self.classes = facts.classes
+        self.image_size = facts.image_size
+        self.train_size = facts.train_size
+        self.test_size = len(facts.test_target)
+        self.batch_size = config.batch_size
+        self.augment = chosen_augmentation(config)
+        self.device = device
+        self.seed = config.seed
+        self._facts = facts
+        self._mean = _per_channel(facts.mean, device)
+        self._std = _per_channel(facts.std, device)
+        if self.batch_size > self.train_size:
+            raise ConfigurationError(
+                f"batch_size is {self.batch_size}, but {self.name} has only {self.train_size} "
+                "training images"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Full batches in an epoch; the incomplete last one is dropped, as in the paper's code."""
+        return self.train_size // self.batch_size
+
+    @abstractmethod
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches from batch `start` on; skipped batches are not decoded.
+
+        The order depends only on (seed, epoch); an image's augmentation only on (seed, epoch,
+        image). Raises DataError, naming the file, for an image that cannot be read.
+        """
+
+    @abstractmethod
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every test image once, in a fixed order; the last batch may be smaller.
+
+        Raises DataError, naming the file, for an image that cannot be read.
+        """
+
+    def sample_images(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same `count` test images in every run, of as many classes as there are.
+
+        On the CPU: images (count, 3, S, S) float32 normalised, originals (count, 3, S, S) uint8
+        for display, target (count,) int64. Raises ConfigurationError when the test set is smaller
+        than `count`, and DataError for an image that cannot be read.
+        """
+        if count > self.test_size:
+            raise ConfigurationError(
+                f"{count} sample images asked for, but {self.name} has {self.test_size} test images"
+            )
+        chosen = _one_class_after_another(self._facts.test_target)[:count]
+        originals = self._test_originals(chosen)
+        images = self._normalise(originals.to(self.device)).cpu()
+        return images, originals, self._facts.test_target[chosen]
+
+    def description(self) -> dict[str, Any]:
+        """Return what a run directory should say of its data, as plain JSON values."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "image_size": self.image_size,
+            "train_images": self.train_size,
+            "test_images": self.test_size,
+            "mean": list(self._facts.mean),
+            "std": list(self._facts.std),
+            "augment": self.augment.value,
+            "split": self._facts.split,
+            "source": self._facts.source,
+        }
+
+    @abstractmethod
+    def _test_originals(self, indices: Tensor) -> Tensor:
+        """Return test images (B, 3, S, S) uint8 on the CPU for `indices` (B,) int64."""
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        """Return the image indices of an epoch, (batches_per_epoch · batch_size,) int64."""
+        order = torch.randperm(self.train_size, generator=seeded("order", self.seed, epoch))
+        return order[: self.batches_per_epoch * self.batch_size]
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Turn uint8 (B, 3, S, S) or gray (B, 1, S, S) into normalised float32 (B, 3, S, S)."""
+        return (images - self._mean) / self._std
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """Return values for [0, 1] pixels as (3, 1, 1) float32 for pixels in 0…255."""
+    return torch.tensor([255 * value for value in values], device=device).view(3, 1, 1)
+
+
+def _one_class_after_another(target: Tensor) -> Tensor:
+    """Return indices: the first image of each class, then the second of each, and so on."""
+    by_class = torch.argsort(target, stable=True)
+    first = torch.searchsorted(target[by_class], target)
+    place = torch.empty_like(by_class)
+    place[by_class] = torch.arange(len(target))
+    return torch.argsort((place - first) * (int(target.max()) + 1) + target, stable=True)

@@ -1,0 +1,142 @@
+"""Data sets that fit in memory: uint8 on the training device, augmented there in batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as transforms
+
+from pgt_diag.config import Augment, RunConfig
+from pgt_diag.data.base import Facts, ImageData, chosen_augmentation, seeded
+from pgt_diag.errors import ConfigurationError
+
+_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class RawImages:
+    """A data set as read: images (N, C, S, S) uint8 with C 1 or 3, targets (N,) int64."""
+
+    train_images: Tensor
+    train_target: Tensor
+    test_images: Tensor
+    test_target: Tensor
+    classes: tuple[str, ...]
+    split: str
+    source: str
+
+
+class InMemoryData(ImageData):
+    """A whole data set on the training device as uint8, resized once, augmented per batch."""
+
+    def __init__(self, config: RunConfig, device: torch.device, raw: RawImages) -> None:
+        if chosen_augmentation(config) is Augment.IMAGENET:
+            raise ConfigurationError(
+                f"augment is imagenet and dataset is {config.dataset}; use small or none"
+            )
+        size = config.image_size or raw.train_images.shape[-1]
+        train = resize(raw.train_images, size)
+        mean, std = channel_statistics(train)
+        facts = Facts(
+            raw.classes, size, len(train), raw.test_target, mean, std, raw.split, raw.source
+        )
+        super().__init__(config, device, facts)
+        self._train = train.to(device)
+        self._train_target = raw.train_target.to(device)
+        self._test = resize(raw.test_images, size).to(device)
+        self._test_target = raw.test_target.to(device)
+
+    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield an epoch's batches from batch `start` on; see `ImageData.train_batches`."""
+        order = self._epoch_order(epoch).to(self.device)
+        augment = CropAndFlip(self, epoch) if self.augment is Augment.SMALL else None
+        for batch in range(start, self.batches_per_epoch):
+            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            images = self._train[chosen]
+            if augment:
+                images = augment(images, chosen)
+            yield self._normalise(images), self._train_target[chosen]
+
+    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every test image once, in the data set's own order."""
+        batches = zip(
+            torch.split(self._test, self.batch_size),
+            torch.split(self._test_target, self.batch_size),
+            strict=True,
+        )
+        for images, target in batches:
+            yield self._normalise(images), target
+
+    def _test_originals(self, indices: Tensor) -> Tensor:
+        return self._test[indices.to(self.device)].expand(-1, 3, -1, -1).cpu()
+
+
+class CropAndFlip:
+    """One epoch's augmentation of small images: a shifted crop with black borders, and a flip.
+
+    Every image of the epoch has its own draw from the start, so that a draw depends neither on
+    the batch nor on what came before. Shifts reach an eighth of the image: 4 pixels of 32.
+
+    Source: He et al. 2016, arXiv 1512.03385, Section 4.2.
+    """
+
+    def __init__(self, data: ImageData, epoch: int) -> None:
+        self._padding = small_padding(data.image_size)
+        random = seeded("augment", data.seed, epoch)
+        choices = 2 * self._padding + 1
+        shifts = torch.randint(choices, (data.train_size, 2), generator=random)
+        flips = torch.randint(2, (data.train_size,), generator=random)
+        self._shifts = shifts.to(data.device)
+        self._flips = flips.bool().to(data.device)
+        self._pixels = torch.arange(data.image_size, device=data.device)
+        self._images = torch.arange(data.batch_size, device=data.device)
+
+    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Augment images (B, C, S, S) uint8, which are the data set's `indices` (B,)."""
+        shifts = self._shifts[indices]
+        flips = self._flips[indices, None]
+        columns = torch.where(flips, self._pixels.flip(0), self._pixels) + shifts[:, 1:]
+        rows = self._pixels + shifts[:, :1]
+        channels = torch.arange(images.shape[1], device=images.device)
+        padded = F.pad(images, (self._padding,) * 4)
+        return padded[
+            self._images[: len(images), None, None, None],
+            channels[:, None, None],
+            rows[:, None, :, None],
+            columns[:, None, None, :],
+        ]
+
+
+def small_padding(image_size: int) -> int:
+    """Return the black border of the small augmentation in pixels: 4 at 32, in proportion."""
+    return max(1, round(image_size / 8))
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resize uint8 images (N, C, S, S) to (N, C, size, size), bilinear with antialiasing."""
+    if images.shape[-1] == size:
+        return images
+    # In pieces: torchvision computes in float32, four times the memory of the data set.
+    parts = [transforms.resize(part, [size, size]) for part in torch.split(images, _CHUNK)]
+    return torch.cat(parts)
+
+
+def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel, for pixels in [0, 1], always 3 channels.
+
+    Integer sums, so the result does not depend on the number of threads. A constant channel counts
+    as varying by one gray level, so that normalising it divides by something.
+    """
+    total = torch.zeros(images.shape[1], dtype=torch.int64)
+    squares = torch.zeros_like(total)
+    for part in torch.split(images, _CHUNK):
+        values = part.int()
+        total += values.sum(dim=(0, 2, 3))
+        squares += values.square().sum(dim=(0, 2, 3))
+    count = images.numel() // images.shape[1]
+    mean = total.double() / count
+    std = (squares.double() / count - mean.square()).clamp(min=1).sqrt()
+    channels = 3 // images.shape[1]
+    return (mean / 255).tolist() * channels, (std / 255).tolist() * channels

@@ -1,0 +1,249 @@
+"""The small data sets: scikit-learn's digits, IDX files, torchvision's CIFAR, and made-up ones."""
+
+import gzip
+import math
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from pgt_diag.config import DatasetName, RunConfig
+from pgt_diag.data.base import seeded
+from pgt_diag.data.memory import RawImages
+from pgt_diag.errors import ConfigurationError, DataError
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_IDX_NAMES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_DEFLATE_LIMIT = 1032  # no deflate stream expands more than this
+_SYNTHETIC_SIZE = 32
+
+
+def read_images(config: RunConfig, *, download: bool = False) -> RawImages:
+    """Read the in-memory data set that a configuration names.
+
+    Raises DataError when files are missing or damaged, and ConfigurationError when the
+    configuration names a folder for a data set that has none.
+    """
+    dataset = config.dataset
+    match dataset:
+        case DatasetName.DIGITS | DatasetName.SYNTHETIC:
+            if config.data is not None:
+                raise ConfigurationError(
+                    f"data is {config.data!r}, but dataset is {dataset}, which reads no folder"
+                )
+            return read_digits() if dataset is DatasetName.DIGITS else make_synthetic(config)
+        case DatasetName.FASHION_MNIST:
+            return read_fashion_mnist(data_folder(config), download=download)
+        case DatasetName.CIFAR10:
+            return read_cifar(torchvision.datasets.CIFAR10, data_folder(config), download=download)
+        case DatasetName.CIFAR100:
+            return read_cifar(torchvision.datasets.CIFAR100, data_folder(config), download=download)
+        case DatasetName.IMAGEFOLDER:
+            raise ConfigurationError("imagefolder is not read into memory")
+        case _:
+            assert_never(dataset)
+
+
+def data_folder(config: RunConfig) -> Path | None:
+    """Return the configured folder, `~` expanded, or None."""
+    return None if config.data is None else _expand(Path(config.data))
+
+
+def read_digits() -> RawImages:
+    """Read scikit-learn's 1,797 real 8×8 digits: 1,438 for training, 359 for testing.
+
+    Every fifth image of each class, in the set's own order, is for testing: the same split in
+    every run, whatever its seed. Gray levels 0…16 become 0…255.
+
+    Source: UCI "Optical Recognition of Handwritten Digits", as in sklearn.datasets.load_digits.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
+    target = torch.from_numpy(digits.target).long()
+    is_test = torch.zeros(len(target), dtype=torch.bool)
+    for label in range(len(digits.target_names)):
+        is_test[(target == label).nonzero()[2::5]] = True
+    return RawImages(
+        images[~is_test],
+        target[~is_test],
+        images[is_test],
+        target[is_test],
+        classes=tuple(str(name) for name in digits.target_names),
+        split="every fifth image of each class is for testing",
+        source="sklearn.datasets.load_digits",
+    )
+
+
+def read_fashion_mnist(folder: Path | None, *, download: bool = False) -> RawImages:
+    """Read Fashion-MNIST's four IDX files, gzipped or not, as Debian or torchvision lay them out.
+
+    Without a folder: Debian's place, then the place `download` writes to.
+
+    Raises DataError when a file is missing, damaged, or does not fit the others.
+    """
+    roots = [folder] if folder else [DEBIAN_FASHION_MNIST, _download_folder()]
+    places = [place for root in roots for place in (root, root / "FashionMNIST" / "raw")]
+    files = _find_idx_files(places)
+    if files is None and download:
+        root = folder or _download_folder()
+        _load(torchvision.datasets.FashionMNIST, root, download=True)
+        files = _find_idx_files([root / "FashionMNIST" / "raw"])
+    if files is None:
+        raise DataError(
+            f"fashion-mnist: {_IDX_NAMES[0]}[.gz] and its three companions are not in {places[0]}; "
+            "get them with 'apt install dataset-fashion-mnist' or --download, "
+            "or name their folder with --data DIR"
+        )
+    train_images, test_images = (_read_idx(files[i], 3).unsqueeze(1) for i in (0, 2))
+    train_target, test_target = (_read_idx(files[i], 1).long() for i in (1, 3))
+    classes = tuple(torchvision.datasets.FashionMNIST.classes)
+    for images, target, path in (
+        (train_images, train_target, files[0]),
+        (test_images, test_target, files[2]),
+    ):
+        if len(images) != len(target) or len(images) == 0 or int(target.max()) >= len(classes):
+            raise DataError(f"{path}: its images and the labels beside it do not belong together")
+        if images.shape[2:] != train_images.shape[2:] or images.shape[2] != images.shape[3]:
+            raise DataError(f"{path}: images must be square, and of one size for train and test")
+    return RawImages(
+        train_images,
+        train_target,
+        test_images,
+        test_target,
+        classes=classes,
+        split="Fashion-MNIST's own (train, t10k)",
+        source=str(files[0].parent),
+    )
+
+
+def read_cifar(dataset: Any, folder: Path | None, *, download: bool = False) -> RawImages:
+    """Read torchvision's CIFAR10 or CIFAR100 (the class), 32×32 colour, 50,000 + 10,000 images.
+
+    The files are pickles. torchvision compares each with its known MD5 before it unpickles any, so
+    only the authors' own pickles are ever executed.
+
+    Raises DataError when the files are missing or are not the known ones, or cannot be downloaded.
+    """
+    root = folder or _download_folder()
+    train = _load(dataset, root, train=True, download=download)
+    test = _load(dataset, root, train=False)
+    images = [
+        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
+    ]
+    return RawImages(
+        images[0],
+        torch.tensor(train.targets),
+        images[1],
+        torch.tensor(test.targets),
+        classes=tuple(train.classes),
+        split="CIFAR's own",
+        source=str(root / dataset.base_folder),
+    )
+
+
+def make_synthetic(config: RunConfig) -> RawImages:
+    """Make up images that can be learnt: a coarse colour pattern per class, under strong noise.
+
+    `synthetic_images` for training and a quarter as many (at least one per class) for testing, the
+    classes in turn; the same images in every run, whatever its seed.
+
+    Raises ConfigurationError when there are fewer images than classes.
+    """
+    classes, size = config.synthetic_classes, config.image_size or _SYNTHETIC_SIZE
+    count = config.synthetic_images
+    if count < classes:
+        raise ConfigurationError(f"synthetic_images is {count}, fewer than the {classes} classes")
+    total = count + max(count // 4, classes)
+    random = seeded("synthetic", size)
+    coarse = torch.randint(80, 176, (classes, 3, 4, 4), generator=random)
+    patterns = F.interpolate(coarse.float(), size=size).to(torch.uint8)
+    target = torch.arange(total) % classes
+    images = torch.empty(total, 3, size, size, dtype=torch.uint8)
+    for part, labels in zip(torch.split(images, 1024), torch.split(target, 1024), strict=True):
+        noise = torch.randint(-80, 80, part.shape, dtype=torch.int16, generator=random)
+        part.copy_(patterns[labels] + noise)
+    return RawImages(
+        images[:count],
+        target[:count],
+        images[count:],
+        target[count:],
+        classes=tuple(f"class {label}" for label in range(classes)),
+        split="a quarter as many test images as training images",
+        source="made up by pgt-diag",
+    )
+
+
+def _find_idx_files(places: list[Path]) -> list[Path] | None:
+    """Return the four files, as `_IDX_NAMES` orders them, from the first place with all four."""
+    for place in places:
+        found = [
+            next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
+            for name in _IDX_NAMES
+        ]
+        files = [path for path in found if path]
+        if len(files) == len(found):
+            return files
+    return None
+
+
+def _read_idx(path: Path, dimensions: int) -> Tensor:
+    """Read an IDX file of bytes, gzipped if its name says so, as a uint8 tensor.
+
+    torchvision's reader takes neither .gz nor a file whose header lies about its size.
+    """
+    open_file: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_file(path, "rb") as stream:
+            magic, *shape = struct.unpack(f">{1 + dimensions}I", stream.read(4 + 4 * dimensions))
+            size = math.prod(shape)
+            if magic != 0x800 + dimensions or size > _DEFLATE_LIMIT * path.stat().st_size:
+                raise DataError(f"{path}: not an IDX file of bytes with {dimensions} dimensions")
+            content = stream.read(size + 1)  # past the end, where gzip compares its checksum
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise DataError(f"{path}: cannot be read as an IDX file: {error}") from None
+    if len(content) != size:
+        raise DataError(f"{path}: {size} bytes of data promised, {len(content)} found")
+    return torch.from_numpy(np.frombuffer(bytearray(content), np.uint8).reshape(shape))
+
+
+def _load(dataset: Any, root: Path, **options: Any) -> Any:
+    """Open a torchvision data set; its own errors, and the network's, become one DataError."""
+    name = dataset.__name__
+    try:
+        return dataset(root, **options)
+    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError) as error:
+        detail = " ".join(str(error).split())
+        if options.get("download"):
+            raise DataError(f"{name}: the download into {root} failed: {detail}") from None
+        raise DataError(
+            f"{name}: no intact copy in {root} (torchvision's layout, checked by MD5); "
+            "use --download, or name its folder with --data DIR"
+        ) from None
+
+
+def _download_folder() -> Path:
+    return _expand(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "pgt-diag"
+
+
+def _expand(path: Path) -> Path:
+    with suppress(RuntimeError):  # ~somebody who is unknown here: then it is a folder's own name
+        return path.expanduser()
+    return path
