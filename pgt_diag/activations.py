@@ -1,0 +1,229 @@
+"""Which activation follows which convolution, and where a hook can see its map.
+
+Found once, from the autograd graph of one forward pass: the graph knows about shared, in-place
+and functional activations and about the addition before a residual block's last ReLU, where
+module names and module order do not. Nodes are matched with module calls, because a module (the
+one ReLU of a torchvision BasicBlock) may be called several times.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pgt_diag.reductions import Reading
+
+Node = Any
+"""torch.autograd.graph.Node; its classes are not public."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# Activations and what may stand before them, by the names of their autograd nodes.
+_ACTIVATIONS = frozenset(
+    {
+        "EluBackward0",
+        "GeluBackward0",
+        "HardsigmoidBackward0",
+        "HardswishBackward0",
+        "HardtanhBackward0",
+        "LeakyReluBackward0",
+        "LeakyReluBackward1",
+        "MishBackward0",
+        "PreluKernelBackward0",
+        "ReluBackward0",
+        "SigmoidBackward0",
+        "SiluBackward0",
+        "SoftplusBackward0",
+        "TanhBackward0",
+        "ThresholdBackward0",
+    }
+)
+# Channel c in, channel c out: between a convolution and its activation, the map keeps its filters.
+_CHANNEL_PRESERVING = frozenset(
+    {
+        "AddBackward0",
+        "AvgPool2DBackward0",
+        "CloneBackward0",
+        "CudnnBatchNormBackward0",
+        "MaxPool2DWithIndicesBackward0",
+        "MiopenBatchNormBackward0",
+        "MulBackward0",
+        "NativeBatchNormBackward0",
+        "NativeGroupNormBackward0",
+        "NativeDropoutBackward0",
+        "ToCopyBackward0",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The `call`-th call (from 0) of a module in a forward pass, and one side of it."""
+
+    module: str
+    call: int
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a hook reads a convolution's post-activation map, and how."""
+
+    where: Call
+    reading: Reading
+
+    def __str__(self) -> str:
+        """Return it for people: `output of layer1.0.relu, call 2`."""
+        again = f", call {self.where.call + 1}" if self.where.call else ""
+        before = " before its ReLU" if self.reading == "positive" else ""
+        return f"{self.where.side} of {self.where.module}{again}{before}"
+
+
+class ActivationFinder:
+    """Watches one forward pass under autograd and then names a tap for every convolution.
+
+    Call `start()`, run one forward pass, then `stop()` and `taps()`. `see(call, map)` is called
+    for every map on the way, so that the watched pass itself can be measured.
+    """
+
+    def __init__(self, model: nn.Module, see: Callable[[Call, Tensor], None]) -> None:
+        self._see = see
+        self._modules = {name: module for name, module in model.named_modules() if name}
+        self._seen: dict[Node, list[Call]] = {}
+        self._convolution_calls: dict[str, list[Node]] = {}
+        self._calls: dict[str, int] = {}
+        self._outputs: list[Node] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._model = model
+
+    def start(self) -> None:
+        """Put the hooks on."""
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
+            self._handles.append(module.register_forward_hook(self._output_hook(name)))
+        self._handles.append(self._model.register_forward_hook(self._root_hook))
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def taps(self) -> dict[str, tuple[Tap, ...]]:
+        """Return the taps of every convolution that was called, by its qualified name.
+
+        A convolution that is called several times has a tap for each call. Where no activation
+        follows, the tap is the convolution's own output.
+        """
+        consumers = _consumers([*self._outputs, *self._seen])
+        return {
+            name: tuple(self._tap(name, call, node, consumers) for call, node in enumerate(nodes))
+            for name, nodes in self._convolution_calls.items()
+        }
+
+    def _tap(self, name: str, call: int, node: Node, consumers: dict[Node, list[Node]]) -> Tap:
+        own = Tap(Call(name, call, "output"), "peak")
+        found = _first_activation(node, consumers) if node is not None else None
+        if found is None:
+            return own
+        activation, before = found
+        reading: Reading = "sum" if _is_relu(activation) else "peak"
+        for seen in self._seen.get(activation, ()):
+            return Tap(seen, reading)
+        if _is_relu(activation):
+            for seen in self._seen.get(before, ()):
+                return Tap(seen, "positive")
+        return own
+
+    def _input_hook(self, name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs and _is_map(inputs[0]):
+                self._note(inputs[0], Call(name, self._calls.get(name, 0), "input"))
+
+        return hook
+
+    def _output_hook(self, name: str) -> Any:
+        is_convolution = isinstance(self._modules[name], CONVOLUTIONS)
+
+        def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            if is_convolution:
+                self._convolution_calls.setdefault(name, []).append(output.grad_fn)
+            if _is_map(output):
+                self._note(output, Call(name, call, "output"))
+
+        return hook
+
+    def _note(self, tensor: Tensor, call: Call) -> None:
+        self._see(call, tensor)
+        if tensor.grad_fn is not None:
+            self._seen.setdefault(tensor.grad_fn, []).append(call)
+
+    def _root_hook(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                self._outputs.append(tensor.grad_fn)
+
+
+def convolutions(model: nn.Module) -> dict[str, nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """Return the convolutions that are recorded, by qualified name, in module order."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)
+    }
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 3 and value.is_floating_point()
+
+
+def _is_relu(activation: Node) -> bool:
+    """Whether the activation is 0 exactly where its input is not positive (ReLU, ReLU6)."""
+    if activation.name() == "HardtanhBackward0":
+        return bool(activation._saved_min_val == 0)
+    return bool(activation.name() == "ReluBackward0")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _consumers(roots: Iterable[Node]) -> dict[Node, list[Node]]:
+    """Return, for every autograd node below the roots, the nodes that take its output."""
+    consumers: dict[Node, list[Node]] = {}
+    waiting, visited = list(roots), set(roots)
+    while waiting:
+        node = waiting.pop()
+        for below, _ in node.next_functions:
+            if below is None:
+                continue
+            consumers.setdefault(below, []).append(node)
+            if below not in visited:
+                visited.add(below)
+                waiting.append(below)
+    return consumers
+
+
+def _first_activation(node: Node, consumers: dict[Node, list[Node]]) -> tuple[Node, Node] | None:
+    """Return the nearest activation after `node` and the node whose output it takes."""
+    waiting = deque([node])
+    visited = {node}
+    while waiting:
+        before = waiting.popleft()
+        for after in consumers.get(before, ()):
+            if after.name() in _ACTIVATIONS:
+                return after, before
+            if after.name() in _CHANNEL_PRESERVING and after not in visited:
+                visited.add(after)
+                waiting.append(after)
+    return None

@@ -1,0 +1,178 @@
+"""What happened to the filters: states, spells, deaths, revivals, the decay budget.
+
+Pure functions and one small accumulator, all on arrays and tables: nothing here touches a model
+or a file.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EVENT_KINDS = ("silent", "zero_gradient", "collapsed", "zeroed")
+COLLAPSED_RATIO = 1e-2
+ZEROED_RATIO = 1e-3
+MIN_DEATH_WINDOW = 10
+"""A filter that is dead for fewer iterations is never counted as dead."""
+
+Spells = NDArray[np.int64]
+"""Rows (kind, filter, start, end): end is the first iteration after it, or −1 while it lasts."""
+
+
+def filter_states(
+    activity: NDArray[np.float32],
+    gradient_norms: NDArray[np.float32],
+    weight_norms: NDArray[np.float32],
+    initial_norms: NDArray[np.float32],
+    collapsed_ratio: float = COLLAPSED_RATIO,
+    zeroed_ratio: float = ZEROED_RATIO,
+) -> NDArray[np.bool_]:
+    """Return which of EVENT_KINDS hold, for every iteration and filter.
+
+    All inputs are (T, F), `initial_norms` (F,). `activity` is any non-negative measure of a
+    channel's map over the batch that is 0 exactly when the whole map is; NaN (unknown) is never a
+    state. A filter whose initial norm is 0 never counts as collapsed. Returns (kinds, T, F) bool.
+    """
+    return np.stack(
+        (
+            activity == 0,
+            gradient_norms == 0,
+            weight_norms < np.float32(collapsed_ratio) * initial_norms,
+            weight_norms < np.float32(zeroed_ratio) * initial_norms,
+        )
+    )
+
+
+class SpellTracker:
+    """Turns filter states, block by block, into spells: maximal runs of iterations in a state.
+
+    A spell is reported once it has lasted `min_spell` iterations, with end −1, and again with its
+    end when it is over; shorter ones are only counted, in `brief` (kinds, F).
+    """
+
+    def __init__(self, filters: int, min_spell: int = 1) -> None:
+        self.min_spell = min_spell
+        self.brief = np.zeros((len(EVENT_KINDS), filters), dtype=np.int64)
+        self._since = np.full((len(EVENT_KINDS), filters), -1, dtype=np.int64)
+        self._reported = np.zeros((len(EVENT_KINDS), filters), dtype=bool)
+        self._next_iteration = 0
+
+    def update(self, states: NDArray[np.bool_]) -> Spells:
+        """Take the states of the next T iterations, (kinds, T, F); return new and ended spells."""
+        kinds, length, filters = states.shape
+        first, self._next_iteration = self._next_iteration, self._next_iteration + length
+        if length == 0:
+            return np.empty((0, 4), dtype=np.int64)
+        carried = self._since.ravel() >= 0
+        # One padded row per (kind, filter): a carried spell starts in the first column, and one
+        # that still lasts ends in the last, so starts and ends pair up in order.
+        padded = np.zeros((kinds * filters, length + 3), dtype=np.int8)
+        padded[:, 1] = carried
+        padded[:, 2:-1] = states.transpose(0, 2, 1).reshape(kinds * filters, length)
+        steps = np.diff(padded, axis=1)
+        rows, begins = np.nonzero(steps == 1)
+        _, ends = np.nonzero(steps == -1)
+        start = np.where(begins == 0, self._since.ravel()[rows], first + begins - 1)
+        end = first + ends - 1
+        lasting = ends == length + 1
+
+        long = end - start >= self.min_spell
+        new = long & ~((begins == 0) & lasting & self._reported.ravel()[rows])
+        brief = ~lasting & ~long
+        np.add.at(self.brief.ravel(), rows[brief], 1)
+
+        since = np.full(kinds * filters, -1, dtype=np.int64)
+        since[rows[lasting]] = start[lasting]
+        reported = np.zeros(kinds * filters, dtype=bool)
+        reported[rows[lasting & long]] = True
+        self._since, self._reported = since.reshape(kinds, -1), reported.reshape(kinds, -1)
+
+        kind, filter_index = np.divmod(rows[new], filters)
+        return np.stack(
+            (kind, filter_index, start[new], np.where(lasting, -1, end)[new]), axis=1
+        ).astype(np.int64)
+
+
+def death_window(iteration_count: int) -> int:
+    """Return how many iterations a filter must be dead to count: 1 % of the run, at least 10."""
+    return max(MIN_DEATH_WINDOW, iteration_count // 100)
+
+
+def deaths(
+    events: "pd.DataFrame", iteration_count: int, window: int | None = None
+) -> "pd.DataFrame":
+    """Derive deaths and revivals from an event log.
+
+    A filter is dead while its channel is silent and its gradient exactly zero at once, for at
+    least `window` iterations (default `death_window`); cause "silent". Cause "collapsed" is a
+    weight norm under 1e-2 of its start, for as long, that no silent death overlaps.
+
+    Returns one row per death, in order of iteration: layer, layer_index, filter, iteration,
+    revival_iteration (Int64; NA while it lasts), cause.
+    """
+    import pandas as pd
+
+    window = death_window(iteration_count) if window is None else window
+    key = ["layer", "layer_index", "filter"]
+    spells = events.assign(
+        end=events["end_iteration"].astype("Int64").fillna(iteration_count).astype("int64")
+    )
+    spells = spells[spells["end"] - spells["start_iteration"] >= window]
+    of_kind = {kind: spells[spells["kind"] == kind] for kind in EVENT_KINDS}
+
+    both = of_kind["silent"].merge(of_kind["zero_gradient"], on=key, suffixes=("", "_gradient"))
+    silent = both[key].assign(
+        iteration=both[["start_iteration", "start_iteration_gradient"]].max(axis=1),
+        end=both[["end", "end_gradient"]].min(axis=1),
+        cause="silent",
+    )
+    silent = silent[silent["end"] - silent["iteration"] >= window]
+
+    collapsed = of_kind["collapsed"].rename(columns={"start_iteration": "iteration"})
+    collapsed = collapsed[[*key, "iteration", "end"]].assign(cause="collapsed")
+    pairs = collapsed.reset_index().merge(silent, on=key, suffixes=("", "_silent"))
+    overlap = (pairs["iteration"] < pairs["end_silent"]) & (
+        pairs["iteration_silent"] < pairs["end"]
+    )
+    collapsed = collapsed[~collapsed.index.isin(pairs.loc[overlap, "index"])]
+
+    result = pd.concat([silent, collapsed], ignore_index=True)
+    result = result.sort_values(["iteration", "layer_index", "filter"], ignore_index=True)
+    ended = result["end"].astype("Int64")
+    result["revival_iteration"] = ended.mask(ended >= iteration_count)
+    return result[[*key, "iteration", "revival_iteration", "cause"]]
+
+
+def decay_budget(
+    lr: NDArray[np.float64], weight_decay: float, momentum: float, start: int = 0
+) -> float:
+    """Return Σ lr·wd/(1−μ) from iteration `start` on: a dead filter's norm falls by exp(−this).
+
+    `lr` is the learning rate of every iteration, (T,). With momentum 1 the sum is infinite.
+    """
+    if momentum >= 1:
+        return math.inf
+    return float(np.nansum(lr[start:]) * weight_decay / (1 - momentum))
+
+
+def predicted_crossing(
+    lr: NDArray[np.float64],
+    weight_decay: float,
+    momentum: float,
+    start: int,
+    ratio: float = COLLAPSED_RATIO,
+) -> int | None:
+    """Return the iteration at which a filter dead since `start` falls under `ratio` of its norm.
+
+    `lr` may be the schedule planned for the whole run. None when its decay budget does not reach
+    ln(1/ratio).
+    """
+    if momentum >= 1:
+        return start
+    budget = np.nancumsum(lr[start:]) * weight_decay / (1 - momentum)
+    crossed = np.flatnonzero(budget >= math.log(1 / ratio))
+    return start + int(crossed[0]) if len(crossed) else None

@@ -1,0 +1,143 @@
+"""The ring of rows on the device that the hooks write to, one row per optimizer step.
+
+Two halves: while training writes to one, the other is copied beside the training stream.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgt_diag.writer import SCALARS, Block
+
+HALF = 32
+"""Rows in half a ring."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each measurement lies in a ring row of `width` float32 values."""
+
+    weight_norms: slice
+    gradient_norms: slice
+    clip_factors: slice
+    activity: slice
+    gap: slice
+    scalars: slice
+    skipped: slice
+
+    @property
+    def width(self) -> int:
+        """How many values a row has."""
+        return int(self.skipped.stop)
+
+    @classmethod
+    def of(cls, filters: int, gap: int) -> "RowLayout":
+        """Lay out a row for this many filters and GAP features."""
+        widths = (filters, filters, filters, filters, gap, len(SCALARS), 1)
+        edges = [0, *np.cumsum(widths).tolist()]
+        parts = [slice(start, end) for start, end in itertools.pairwise(edges)]
+        return cls(*parts)
+
+    def block(self, rows: Tensor) -> Block:
+        """Return CPU ring rows (T, width) as a block."""
+        values = rows.numpy()
+        return Block(
+            weight_norms=values[:, self.weight_norms],
+            gradient_norms=values[:, self.gradient_norms],
+            clip_factors=values[:, self.clip_factors],
+            activity=values[:, self.activity],
+            gap=np.sqrt(values[:, self.gap]),
+            scalars=values[:, self.scalars],
+            skipped=values[:, self.skipped][:, 0] != 0,
+        )
+
+
+class Ring:
+    """Rows of float32 measurements on the training device.
+
+    A fresh row is NaN (unknown) but for what adds up over an iteration's batches: activity, and
+    the squares of the GAP features. `unseen` are the filters whose activity stays unknown.
+    """
+
+    def __init__(self, layout: RowLayout, device: torch.device, unseen: Sequence[slice]) -> None:
+        self.layout = layout
+        blank = torch.full((layout.width,), torch.nan, device=device)
+        for part in (layout.activity, layout.gap, layout.skipped):
+            blank[part] = 0
+        for part in unseen:
+            blank[layout.activity][part] = torch.nan
+        self._blank = blank
+        self._halves = blank.repeat(2, HALF, 1)
+        self._transfer = _Transfer(self._halves) if self._halves.is_cuda else None
+        self._half = 0
+        self._finished = 0
+
+    @property
+    def row(self) -> Tensor:
+        """The row of the coming step, (width,)."""
+        return self._halves[self._half, self._finished]
+
+    def advance(self) -> bool:
+        """Finish the row; return whether the half is full and has to be taken."""
+        self._finished += 1
+        return self._finished == HALF
+
+    def take(self) -> Callable[[], Block] | None:
+        """Go on in the other half; return a function that waits for the finished rows' copy.
+
+        None when no row is finished.
+        """
+        if self._finished == 0:
+            return None
+        half, rows = self._halves[self._half], self._halves[self._half, : self._finished]
+        copied = self._transfer.start(rows) if self._transfer else _copy(rows)
+        other = self._halves[1 - self._half]
+        other.copy_(self._blank)
+        if self._finished < HALF:
+            # A step may be under way: what its batches have shown so far goes along.
+            other[0] = half[self._finished]
+        self._half, self._finished = 1 - self._half, 0
+        return lambda: self.layout.block(copied())
+
+
+def _copy(rows: Tensor) -> Callable[[], Tensor]:
+    copy = rows.clone()
+    return lambda: copy
+
+
+class _Transfer:
+    """Copies ring rows to pinned memory beside the training stream."""
+
+    _BUFFERS = 4  # one in the copy, two in the writer's queue, one being encoded
+
+    def __init__(self, ring: Tensor) -> None:
+        shape = (self._BUFFERS, *ring.shape[1:])
+        self._pinned = torch.empty(shape, pin_memory=True)
+        self._stream = torch.cuda.Stream(ring.device)  # type: ignore[no-untyped-call]
+        self._count = 0
+        self._copied: torch.cuda.Event | None = None
+
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
+        """Start a copy; return a function that waits for it, in another thread, and returns it."""
+        training = torch.cuda.current_stream(rows.device)
+        if self._copied is not None:
+            # The half that training goes on in is the one that the last copy read.
+            training.wait_event(self._copied)
+        buffer = self._pinned[self._count % self._BUFFERS][: len(rows)]
+        self._count += 1
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(training)
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(rows, non_blocking=True)
+            copied.record(self._stream)
+        self._copied = copied
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return buffer.clone()
+
+        return wait
