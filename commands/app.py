@@ -1,0 +1,82 @@
+"""The `pgt-diag` application: its commands, and the one place where an error ends the process."""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+import pgt_diag
+from commands import report, train
+from pgt_diag.errors import PgtDiagError
+
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+"""ClickException, base of the errors in how a command was typed; typer keeps it to itself."""
+
+EPILOG = """\b
+Examples:
+  pgt-diag train --method pgt --run-dir runs/pgt    a minute on embedded digits
+  pgt-diag report runs --open                       one HTML file, in the browser
+  pgt-diag train --help                             every option, with examples
+"""
+
+
+class _PlainHelp(TyperGroup):
+    """The overview without rich, whose import alone would double the time it takes."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self.rich_markup_mode = None
+        super().format_help(ctx, formatter)
+
+
+app = typer.Typer(
+    name="pgt-diag",
+    cls=_PlainHelp,
+    help="Which filters die while a convolutional network trains without normalisation, when, "
+    "why, and what helps.",
+    epilog=EPILOG,
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (train, report):
+    app.command(epilog=command.EPILOG)(getattr(command, command.__name__.rpartition(".")[2]))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pgt-diag {pgt_diag.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Show the version."
+    ),
+) -> None:
+    """Show the overview when no command is given."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return its exit code."""
+    try:
+        code = app(arguments, prog_name="pgt-diag", standalone_mode=False)
+    except PgtDiagError as error:
+        return _fail(str(error), error.exit_code)
+    except USAGE_ERROR as error:
+        return _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    return int(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.replace("Value error, ", "").split())
+    print(f"pgt-diag: error: {line}", file=sys.stderr)
+    return code

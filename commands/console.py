@@ -1,0 +1,148 @@
+"""What a training run shows: a progress bar on a terminal, plain lines elsewhere, or JSON."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from pgt_diag.config import Preset
+from pgt_diag.training import Listener, Plan
+from pgt_diag.training import Progress as TrainingProgress
+
+_LINE_SECONDS = 10.0
+
+
+class TrainingConsole(Listener):
+    """Shows one run; use as a context manager around `train`."""
+
+    def __init__(self, *, json_output: bool, preset: Preset) -> None:
+        self._json = json_output
+        self._preset = preset
+        self._console = Console(stderr=json_output, highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._plan: Plan | None = None
+        self._metrics: dict[str, Any] = {}
+        self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._plan is not None:
+            self._print(
+                f"interrupted; what was recorded is in {self._plan.directory}: "
+                f"pgt-diag report {self._plan.directory}"
+            )
+
+    def show_plan(self, plan: Plan) -> None:
+        """Say what will be done."""
+        config = plan.config
+        method = f"{config.method}" + (f" α={config.alpha:g}" if config.method.uses_pgt else "")
+        self._print(
+            f"{config.model} (norm {config.norm}, {plan.parameters / 1e6:.2f} M parameters, "
+            f"{plan.filters:,} filters) on {plan.data} ({plan.train_images:,} + "
+            f"{plan.test_images:,} images), preset {self._preset}"
+        )
+        self._print(
+            f"{method}: {config.epochs} epochs, {plan.iterations:,} iterations of "
+            f"{config.batch_size} images, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
+            f"seed {config.seed}, {plan.device}, amp {plan.amp}"
+        )
+        self._print(f"run directory: {plan.directory}")
+        if self._json:
+            print(json.dumps({"plan": _plain(plan)}))
+
+    def show_result(self, path: Path) -> None:
+        """Say how it ended."""
+        metrics = self._metrics
+        if self._json:
+            print(json.dumps({"run_dir": str(path), **metrics}))
+            return
+        self._print(
+            f"done: test accuracy {metrics['test_accuracy']:.2f} %, {metrics['dead_filters']} dead "
+            f"filters; next: pgt-diag report {path}"
+        )
+
+    def started(self, plan: Plan) -> None:
+        """Show the plan, and on a terminal the bar."""
+        self._plan = plan
+        if not self._json:
+            self.show_plan(plan)
+        if self._console.is_terminal and not self._json:
+            self._bar = Progress(
+                TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(
+                "train", total=plan.iterations, epoch=1, epochs=plan.config.epochs, numbers=""
+            )
+            self._bar.start()
+
+    def iterated(self, progress: TrainingProgress) -> None:
+        """Move the bar, or print a line now and then."""
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=progress.iteration,
+                epoch=progress.epoch + 1,
+                numbers=_numbers(progress),
+            )
+        elif not self._json and time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._print(f"iteration {progress.iteration}: {_numbers(progress)}")
+
+    def finished_epoch(self, metrics: dict[str, Any]) -> None:
+        """Print the epoch's line."""
+        self._metrics = metrics
+        if not self._json:
+            self._print(
+                f"epoch {metrics['epoch'] + 1}: train loss {metrics['train_loss']:.4f}, train "
+                f"accuracy {metrics['train_accuracy']:.2f} %, test accuracy "
+                f"{metrics['test_accuracy']:.2f} %, {metrics['images_per_second']:.0f} images/s, "
+                f"{metrics['dead_filters']} dead filters"
+            )
+
+    def _print(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self._console.print(escape(text))
+
+
+def _numbers(progress: TrainingProgress) -> str:
+    shown = (
+        ""
+        if math.isnan(progress.loss)
+        else f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.1f} %, "
+    )
+    minutes, seconds = divmod(int(progress.seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return (
+        f"{shown}{progress.images_per_second:.0f} images/s, {left} left, "
+        f"{progress.dead_filters} dead filters"
+    )
+
+
+def _plain(plan: Plan) -> dict[str, Any]:
+    return {
+        **{
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(plan).items()
+        },
+        "config": plan.config.to_mapping(),
+    }

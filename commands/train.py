@@ -1,0 +1,203 @@
+"""`pgt-diag train`: train one run and record its filters."""
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from pgt_diag.config import (
+    PRESETS,
+    Amp,
+    Augment,
+    DatasetName,
+    Device,
+    Method,
+    Norm,
+    Preset,
+    RunConfig,
+    Schedule,
+    Stem,
+    compose,
+    read_toml,
+)
+from pgt_diag.errors import ConfigurationError
+
+DEFAULTS = RunConfig()
+
+EPILOG = """\b
+Examples:
+  pgt-diag train                                     baseline on embedded digits
+  pgt-diag train --method pgt --alpha 0.25 --run-dir runs/pgt
+  pgt-diag train --dataset fashion-mnist --method agc+pgt --device cuda
+  pgt-diag train --data IMAGENET_DIR --dataset imagefolder --batch-size 256
+  pgt-diag train --config run.toml --seed 3 --dry-run
+"""
+
+
+def _option(name: str, help_text: str, panel: str, **extra: Any) -> Any:
+    """Return a typer option for the field of RunConfig that `name` spells."""
+    flag = f"--{name.replace('_', '-')}"
+    default = getattr(DEFAULTS, name)
+    if isinstance(default, bool):
+        flag = f"{flag}/--no-{flag[2:]}"
+    of_presets = {preset.value: values.get(name, default) for preset, values in PRESETS.items()}
+    if len(set(of_presets.values())) > 1:
+        extra["show_default"] = ", ".join(f"{key} {value}" for key, value in of_presets.items())
+    return typer.Option(default, flag, help=help_text, rich_help_panel=panel, **extra)
+
+
+DATA, MODEL, METHOD = "Data", "Model", "Method (what changes the gradient)"
+OPTIMIZATION, RECORDING, RUN = "Optimization", "Recording", "Run"
+
+
+def train(
+    ctx: typer.Context,
+    preset: Preset | None = typer.Option(
+        None, help="Values to start from; by default the data set's own.", show_default=False
+    ),
+    config: Path | None = typer.Option(
+        None, help="TOML file of options (keys as below, without dashes in front)."
+    ),
+    method: Method = _option("method", "Gradient method.", METHOD),
+    alpha: float = _option("alpha", "PGT's exponent α, in [0, 1]; 1 changes nothing.", METHOD),
+    clip_norm: float = _option("clip_norm", "GC: largest global gradient norm.", METHOD),
+    agc_clip_factor: float = _option(
+        "agc_clip_factor", "AGC: λ, largest ratio of gradient norm to filter norm.", METHOD
+    ),
+    agc_eps: float = _option("agc_eps", "AGC: floor of the filter norm.", METHOD),
+    agc_classifier: bool = _option("agc_classifier", "AGC: clip the classifier too.", METHOD),
+    label_smoothing: float = _option("label_smoothing", "Label smoothing.", METHOD),
+    dataset: DatasetName = _option("dataset", "Data set.", DATA),
+    data: str | None = _option("data", "The data set's folder.", DATA),
+    download: bool = typer.Option(
+        False, "--download", help="Fetch the data set if it is missing.", rich_help_panel=DATA
+    ),
+    image_size: int | None = _option(
+        "image_size", "Resize images to this many pixels; by default the set's own.", DATA
+    ),
+    augment: Augment = _option("augment", "Augmentation; auto chooses by data set.", DATA),
+    synthetic_images: int = _option("synthetic_images", "Images in 'synthetic'.", DATA),
+    synthetic_classes: int = _option("synthetic_classes", "Classes in 'synthetic'.", DATA),
+    workers: int = _option("workers", "Processes that read an image folder.", DATA),
+    model: str = _option("model", "Any torchvision classification model.", MODEL),
+    norm: Norm = _option("norm", "Normalisation layers.", MODEL),
+    stem: Stem = _option("stem", "A ResNet's first layers.", MODEL),
+    batch_size: int = _option("batch_size", "Images per iteration.", OPTIMIZATION),
+    epochs: int = _option("epochs", "Passes over the training set.", OPTIMIZATION),
+    lr: float = _option("lr", "Peak learning rate.", OPTIMIZATION),
+    momentum: float = _option("momentum", "Momentum.", OPTIMIZATION),
+    nesterov: bool = _option("nesterov", "Nesterov momentum.", OPTIMIZATION),
+    weight_decay: float = _option("weight_decay", "Weight decay.", OPTIMIZATION),
+    decay_biases: bool = _option("decay_biases", "Decay vectors too.", OPTIMIZATION),
+    schedule: Schedule = _option("schedule", "Learning rate after warm-up.", OPTIMIZATION),
+    step_epochs: str = typer.Option(
+        ",".join(map(str, DEFAULTS.step_epochs)),
+        help="Epochs at which 'step' divides by 10, comma-separated.",
+        rich_help_panel=OPTIMIZATION,
+    ),
+    warmup_epochs: float = _option("warmup_epochs", "Epochs of linear warm-up.", OPTIMIZATION),
+    warmup_lr: float = _option("warmup_lr", "Learning rate warm-up starts from.", OPTIMIZATION),
+    min_lr: float = _option("min_lr", "Learning rate at the end.", OPTIMIZATION),
+    seed: int = _option("seed", "Seed of weights, order and augmentation.", RUN),
+    device: Device = _option("device", "Where to train.", RUN),
+    amp: Amp = _option("amp", "Mixed precision; auto is bf16 on a GPU.", RUN),
+    threads: int | None = _option("threads", "CPU threads; by default torch's choice.", RUN),
+    run_dir: Path | None = typer.Option(
+        None, help="Directory of the run; by default runs/NAME.", rich_help_panel=RUN
+    ),
+    name: str | None = typer.Option(
+        None, help="NAME of the run; by default from method and time.", rich_help_panel=RUN
+    ),
+    force: bool = typer.Option(
+        False, "--force", help="Replace the run in the directory.", rich_help_panel=RUN
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything, say what would be done.", rich_help_panel=RUN
+    ),
+    json_output: bool = typer.Option(
+        False, "--json", help="Print the result as one JSON object.", rich_help_panel=RUN
+    ),
+    record_every: str = typer.Option(
+        "auto",
+        help="Store norms every so many iterations, with each window's extremes; auto keeps "
+        "about 2,000 rows. Events are exact all the same.",
+        rich_help_panel=RECORDING,
+    ),
+    min_spell: int | None = _option(
+        "min_spell", "Log states that last so many iterations; a thousandth of the run.", RECORDING
+    ),
+    feature_map_layer: int = _option(
+        "feature_map_layer", "Convolution whose feature maps are kept, from 0.", RECORDING
+    ),
+    feature_map_images: int = _option(
+        "feature_map_images", "Images to keep feature maps of.", RECORDING
+    ),
+    feature_map_snapshots: int = _option(
+        "feature_map_snapshots", "How often in the run to keep them.", RECORDING
+    ),
+) -> None:
+    """Train a network, by default non-BN ResNet-18 on embedded digits, and record every filter."""
+    given = _given_options(ctx)
+    file, file_preset = read_toml(config) if config else ({}, None)
+    run_config, used_preset = compose(preset or file_preset, file, given)
+    directory = _run_directory(run_dir, name, run_config)
+
+    # Late, so that a mistyped option is answered before torch is loaded.
+    from commands.console import TrainingConsole
+    from pgt_diag import training
+
+    if dry_run:
+        plan = training.plan(run_config, directory, download=download, force=force)
+        TrainingConsole(json_output=json_output, preset=used_preset).show_plan(plan)
+        return
+    console = TrainingConsole(json_output=json_output, preset=used_preset)
+    with console:
+        path = training.train(
+            run_config,
+            directory,
+            listener=console,
+            download=download,
+            force=force,
+            command=["pgt-diag", *sys.argv[1:]],
+        )
+    console.show_result(path)
+
+
+def _given_options(ctx: typer.Context) -> dict[str, Any]:
+    """Return the configuration options that were typed, as RunConfig's values."""
+    given = {}
+    for key, value in ctx.params.items():
+        source = ctx.get_parameter_source(key)
+        if hasattr(DEFAULTS, key) and source is not None and source.name != "DEFAULT":
+            given[key] = value
+    if "step_epochs" in given:
+        given["step_epochs"] = _integers("--step-epochs", given["step_epochs"])
+    if "record_every" in given:
+        text = given["record_every"]
+        (given["record_every"],) = [None] if text == "auto" else _integers("--record-every", text)
+    return given
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigurationError(
+            f"{option} is {text!r}; give whole numbers (several separated by commas)"
+        ) from None
+
+
+def _run_directory(run_dir: Path | None, name: str | None, config: RunConfig) -> Path:
+    if run_dir is not None and name is not None:
+        raise ConfigurationError("--run-dir and --name both name the run; give one of them")
+    if run_dir is not None:
+        return run_dir
+    if name is None:
+        alpha = f"-a{config.alpha:g}" if config.method.uses_pgt else ""
+        time = datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{config.method}{alpha}-{config.dataset}-s{config.seed}-{time}"
+    elif Path(name).name != name or name in {"", ".", ".."}:
+        raise ConfigurationError(f"--name is {name!r}; give a plain name, or a path to --run-dir")
+    return Path("runs") / name
