@@ -50,14 +50,14 @@ def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[n
     Source: timm's train.py, which leaves out the classifier's weight and bias; NFNets leaves out
         only its weight.
     """
+    if include_classifier:
+        return list(model.parameters())
     modules = list(model.modules())
     layers: list[nn.Module] = [m for m in modules if isinstance(m, nn.Linear)]
     if not layers:
         layers = [m for m in modules if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    classifier = (
-        set() if include_classifier else {id(p) for m in layers[-1:] for p in m.parameters()}
-    )
-    return [p for p in model.parameters() if id(p) not in classifier]
+    classifier = {id(parameter) for layer in layers[-1:] for parameter in layer.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in classifier]
 
 
 def _clip_filters_(parameter: Tensor, clip_factor: float, eps: float) -> Tensor:
@@ -65,7 +65,7 @@ def _clip_filters_(parameter: Tensor, clip_factor: float, eps: float) -> Tensor:
     grad = parameter.grad
     if grad is None:
         filters = parameter.shape[0] if parameter.ndim > 1 else 1
-        return torch.ones(filters, device=parameter.device)
+        return torch.ones(filters, dtype=torch.float32, device=parameter.device)
     largest = clip_factor * _filter_norms(parameter).clamp(min=eps)
     # A gradient of 0 gives infinity here, and so the factor 1.
     factor = (largest / _filter_norms(grad)).clamp(max=1.0)
@@ -84,4 +84,4 @@ def _filter_norms(tensor: Tensor) -> Tensor:
 def _require_positive(name: str, value: float) -> None:
     # Written so that NaN, which fails every comparison, fails this one.
     if not 0 < value < math.inf:
-        raise ConfigurationError(f"{name} is {value}: it must be positive and finite")
+        raise ConfigurationError(f"{name} is {value}; it must be positive and finite")

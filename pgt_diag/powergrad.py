@@ -55,8 +55,6 @@ def power_grad_cross_entropy(
     result_dtype, dtype = _result_and_compute_dtype(logits, target)
     if weight is not None:
         weight = weight.detach().to(dtype)
-    if target.is_floating_point():
-        target = target.to(dtype)
 
     needs_gradient = torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad)
     half_precision = result_dtype != dtype
@@ -175,7 +173,10 @@ def power_grad_gradient_reference(
         averaged or summed as the reduction asks.
     Source: Eq. 5 and 6.
     """
-    return torch.softmax(alpha * logits.double(), -1) - target_probabilities.double()
+    z = logits.double()
+    # Shifted first: α·z itself would lose digits of a large z.
+    z = alpha * (z - z.amax(-1, keepdim=True))
+    return z.softmax(-1) - target_probabilities.double()
 
 
 class _Options(NamedTuple):
@@ -227,7 +228,7 @@ class _PowerGradCrossEntropy(torch.autograd.Function):
         elif grad_loss is not None:
             grad_logits = _gradient_for_probabilities(powers, target, weight, grad_loss, options)
             if ctx.needs_input_grad[1]:
-                grad_target = _target_gradient(log_p, weight, grad_loss, options)
+                grad_target = _target_gradient(log_p, weight, grad_loss, options).to(target.dtype)
         # Differentiating the gradient once more arrives here. It depends on the powers only through
         # p', which no factor per example can change, so ∂(p^α)/∂z may be taken as α·p^α.
         if grad_powers is not None:
@@ -328,6 +329,7 @@ def _target_weight(target: Tensor, weight: Tensor | None, options: _Options) -> 
 
 def _weighted_probabilities(target: Tensor, weight: Tensor | None, options: _Options) -> Tensor:
     """Return w·q for the smoothed q of class probabilities (N, C, …)."""
+    target = target.to(options.dtype)
     if options.smoothing > 0:
         uniform = target.new_full((), 1 / target.shape[_class_dim(target)])
         target = target.lerp(uniform, options.smoothing)
@@ -384,12 +386,12 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _require_fraction(name: str, value: float) -> None:
     # Written so that NaN, which fails every comparison, fails this one.
     if not 0 <= value <= 1:
-        raise ConfigurationError(f"{name} is {value}: it must lie in [0, 1]")
+        raise ConfigurationError(f"{name} is {value}; it must lie in [0, 1]")
 
 
 def _require_reduction(reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
-        raise ConfigurationError(f'reduction is {reduction!r}: it must be "none", "mean" or "sum"')
+        raise ConfigurationError(f'reduction is {reduction!r}; it must be "none", "mean" or "sum"')
 
 
 def _require_probabilities(target: Tensor, ignore_index: int) -> None:
