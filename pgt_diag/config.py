@@ -314,7 +314,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "image_size": 32,
         "batch_size": 128,
         "epochs": 15,
-        "lr": 0.01,
+        "lr": 0.005,
         "warmup_epochs": 5.0,
     },
     Preset.FASHION: {

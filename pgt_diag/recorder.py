@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from pgt_diag.activations import ActivationFinder, Call, Tap, convolutions
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
-from pgt_diag.reductions import Reading, filter_norms, read_map, read_map_and_means
+from pgt_diag.reductions import Reading, filter_norms, read_map, read_map_and_gap
 from pgt_diag.ring import Ring, RowLayout
 from pgt_diag.run import Layer, RunDirectory
 from pgt_diag.writer import SCALARS, TraceEncoder, WriterThread, layer_slices
@@ -86,7 +86,8 @@ class FilterRecorder:
         self._convolutions = convolutions(model)
         if not self._convolutions:
             raise ConfigurationError(f"{type(model).__name__} has no convolution to record")
-        self._check_names([*(taps or {}), *(taps or {}).values(), *filter(None, [gap_module])])
+        self._check_names(self._convolutions, taps or ())
+        self._check_names(self._modules, [*(taps or {}).values(), *filter(None, [gap_module])])
         weights = [module.weight for module in self._convolutions.values()]
         self._device = weights[0].device
         self._layers = layer_slices(
@@ -161,6 +162,11 @@ class FilterRecorder:
         return [(name, module.weight) for name, module in self._convolutions.items()]
 
     @property
+    def iterations(self) -> int:
+        """How many iterations the writer has seen; all of them after `flush`."""
+        return self._writer.encoder.iterations if self._writer else 0
+
+    @property
     def dead_filters(self) -> int:
         """How many filters are dead as far as the writer has come: a second or so ago."""
         return self._writer.encoder.dead_filters if self._writer else 0
@@ -227,8 +233,9 @@ class FilterRecorder:
         finally:
             self._capture = None
             self.model.train(training)
+        self.flush()
         self._directory.write_feature_maps(
-            self._steps, self._layers.names[layer], captured[0], originals, list(labels)
+            self.iterations, self._layers.names[layer], captured[0], originals, list(labels)
         )
         self.seconds += time.perf_counter() - began
 
@@ -274,6 +281,8 @@ class FilterRecorder:
         self._recording = model.training and torch.is_grad_enabled()
         self._calls.clear()
         if self._ring is None and torch.is_grad_enabled():
+            if self._finder is not None:
+                self._finder.stop()  # the forward pass before this one raised an error
             self._first_maps = _FirstMaps()
             self._finder = ActivationFinder(model, self._first_maps.see)
             self._finder.start()
@@ -299,9 +308,10 @@ class FilterRecorder:
         self._readers = readers
         self._gap_tap = self._choose_gap_tap(taps)
 
-        means = self._first_maps.means[self._gap_tap.where][self._gap_tap.reading]
+        self._check_taps()
+        gap = self._first_maps.gap[self._gap_tap.where][self._gap_tap.reading]
         self._ring = Ring(
-            RowLayout.of(self._layers.offsets[-1], means.shape[1]),
+            RowLayout.of(self._layers.offsets[-1], len(gap)),
             self._device,
             unseen=[part for name, part in slices.items() if name not in taps],
         )
@@ -311,7 +321,7 @@ class FilterRecorder:
         self._open_run()
         if self._recording:
             for call, maps in self._first_maps.maps.items():
-                self._add(call, maps, self._first_maps.means[call][self._gap_tap.reading])
+                self._add(call, maps, self._first_maps.gap[call][self._gap_tap.reading])
         del self._first_maps
 
     def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]]) -> Tap:
@@ -319,6 +329,22 @@ class FilterRecorder:
             return Tap(Call(self._gap_module, 0, "output"), "peak")
         last = next(name for name in reversed(self._convolutions) if name in taps)
         return taps[last][-1]
+
+    def _check_taps(self) -> None:
+        """Raise ConfigurationError for a module named by hand that shows no fitting map."""
+        seen = self._first_maps.maps
+        for name in filter(None, [self._gap_module, *self._named_taps.values()]):
+            if Call(name, 0, "output") not in seen:
+                raise ConfigurationError(
+                    f"module '{name}' gave no map (N, C, ...) in the first forward pass"
+                )
+        for name, module in self._named_taps.items():
+            channels = len(seen[Call(module, 0, "output")]["peak"])
+            filters = self._convolutions[name].out_channels
+            if channels != filters:
+                raise ConfigurationError(
+                    f"module '{module}' has {channels} channels, and {name} has {filters} filters"
+                )
 
     def _open_run(self) -> None:
         layers = [
@@ -376,23 +402,23 @@ class FilterRecorder:
             return
         began = time.perf_counter()
         maps: dict[Reading, Tensor] = {}
-        means = None
+        gap = None
         for reading in self._readers.get(call, ()):
             maps[reading] = read_map(values, reading)
         if call == self._gap_tap.where:
-            maps[self._gap_tap.reading], means = read_map_and_means(values, self._gap_tap.reading)
-        self._add(call, maps, means)
+            maps[self._gap_tap.reading], gap = read_map_and_gap(values, self._gap_tap.reading)
+        self._add(call, maps, gap)
         self.seconds += time.perf_counter() - began
 
-    def _add(self, call: Call, maps: dict[Reading, Tensor], means: Tensor | None) -> None:
+    def _add(self, call: Call, maps: dict[Reading, Tensor], gap: Tensor | None) -> None:
         """Add a call's maps to the coming step's row: several batches make up one iteration."""
         assert self._ring is not None
         row, layout = self._ring.row, self._ring.layout
         for reading, parts in self._readers.get(call, {}).items():
             for part in parts:
                 row[layout.activity][part] += maps[reading]
-        if call == self._gap_tap.where and means is not None:
-            row[layout.gap] += means.square().sum(0)
+        if call == self._gap_tap.where and gap is not None:
+            row[layout.gap] += gap
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -480,12 +506,13 @@ class FilterRecorder:
             "training_seconds": time.perf_counter() - self._started,
         }
 
-    def _check_names(self, names: Iterable[str]) -> None:
+    def _check_names(self, known: Iterable[str], names: Iterable[str]) -> None:
         for name in names:
-            if name not in self._modules:
-                near = difflib.get_close_matches(name, self._modules, n=1)
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean '{near[0]}'?" if near else ""
-                raise ConfigurationError(f"the model has no module '{name}'{hint}")
+                kind = "convolution" if known is self._convolutions else "module"
+                raise ConfigurationError(f"the model has no {kind} '{name}'{hint}")
 
 
 class _FirstMaps:
@@ -493,11 +520,11 @@ class _FirstMaps:
 
     def __init__(self) -> None:
         self.maps: dict[Call, dict[Reading, Tensor]] = {}
-        self.means: dict[Call, dict[Reading, Tensor]] = {}
+        self.gap: dict[Call, dict[Reading, Tensor]] = {}
 
     @torch.no_grad()
     def see(self, call: Call, values: Tensor) -> None:
         readings: tuple[Reading, ...] = ("sum", "peak", "positive")
-        both = {reading: read_map_and_means(values, reading) for reading in readings}
+        both = {reading: read_map_and_gap(values, reading) for reading in readings}
         self.maps[call] = {reading: maps for reading, (maps, _) in both.items()}
-        self.means[call] = {reading: means for reading, (_, means) in both.items()}
+        self.gap[call] = {reading: gap for reading, (_, gap) in both.items()}

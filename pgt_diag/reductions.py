@@ -44,11 +44,16 @@ def read_map(values: Tensor, reading: Reading) -> Tensor:
     return values.amax(dims).clamp_min(0).float()
 
 
-def read_map_and_means(values: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
-    """Return `read_map` and the spatial means (N, C) of the post-activation map, in one pass."""
+def read_map_and_gap(values: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Return `read_map` and the GAP features' squares, both (C,) float32, in one pass.
+
+    A GAP feature is the spatial mean of the post-activation map; its squares are summed over the
+    batch, so that batches add up.
+    """
     spatial = tuple(range(2, values.dim()))
     if reading != "sum":
         shown = values.clamp_min(0) if reading == "positive" else values
-        return read_map(values, reading), shown.mean(spatial, dtype=torch.float32)
+        means = shown.mean(spatial, dtype=torch.float32)
+        return read_map(values, reading), means.square().sum(0)
     sums = values.sum(spatial, dtype=torch.float32)
-    return sums.sum(0), sums / values[0, 0].numel()
+    return sums.sum(0), (sums / values[0, 0].numel()).square().sum(0)

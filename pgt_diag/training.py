@@ -170,6 +170,7 @@ class _Session:
         self.iterations = self.data.batches_per_epoch * config.epochs
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config)
+        self.agc_parameters = agc_parameters(self.model, config.agc_classifier)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is Amp.FP16)
         self.loss = PowerGradCrossEntropyLoss(
             alpha=config.alpha if config.method.uses_pgt else 1.0,
@@ -278,10 +279,11 @@ class _Session:
                 self._check_divergence()
                 listener.iterated(meter.progress(epoch, self.recorder))
             metrics = meter.finish_epoch(sums, self.recorder)
+            self.recorder.flush()
             test_loss, test_accuracy = self._evaluate()
             row = {
                 "epoch": epoch,
-                "iteration": self.recorder.steps,
+                "iteration": self.recorder.iterations,
                 "train_loss": metrics.loss,
                 "train_accuracy": metrics.accuracy,
                 "test_loss": test_loss,
@@ -328,9 +330,11 @@ class _Session:
             coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             self.recorder.log(grad_norm_before_clip=norm, clip_coefficient=coefficient)
         if config.method.uses_agc:
-            named = agc_parameters(self.model, include_classifier=config.agc_classifier)
-            factors = adaptive_clip_grad_(named, config.agc_clip_factor, config.agc_eps)
-            by_parameter = {id(p): factor for p, factor in zip(named, factors, strict=True)}
+            factors = adaptive_clip_grad_(
+                self.agc_parameters, config.agc_clip_factor, config.agc_eps
+            )
+            ids = map(id, self.agc_parameters)
+            by_parameter = dict(zip(ids, factors, strict=True))
             self.recorder.log(
                 clip_factors={
                     name: by_parameter[id(weight)]

@@ -449,6 +449,27 @@ def test_clip_factors_and_scalars_that_the_loop_tells_are_kept(tmp_path: Path) -
     assert np.isnan(last["grad_norm_before_clip"])
 
 
+def test_a_map_named_by_hand_is_the_one_that_counts(tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.no_grad():
+        model[2].weight[3] = 0
+    options = {"optimizer": optimizer, "gap_module": "1"}
+    images, target = next(batches(1, side=10))
+    for folder, module in (("bad", "5"), ("other", "1")):
+        recorder = pgt_diag.FilterRecorder(model, tmp_path / folder, taps={"2": module}, **options)
+        with recorder, pytest.raises(ConfigurationError, match=f"module '{module}'"):
+            model(images)
+    with pgt_diag.FilterRecorder(model, tmp_path / "run", taps={"2": "4"}, **options):
+        F.cross_entropy(model(images), target).backward()
+        optimizer.step()
+    run = pgt_diag.load_run(tmp_path / "run")
+    assert [layer.activation for layer in run.layers] == ["output of 1", "output of 4"]
+    assert run.state_counts("silent")["2"].tolist() == [1]
+    expected = F.relu(model[0](images)).mean((2, 3)).norm(dim=0).detach()
+    np.testing.assert_allclose(run.gap_norms().iloc[0], expected, rtol=1e-5)
+
+
 def test_misuse_is_told_in_one_line(tmp_path: Path) -> None:
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -456,6 +477,8 @@ def test_misuse_is_told_in_one_line(tmp_path: Path) -> None:
         pgt_diag.FilterRecorder(nn.Linear(2, 2), tmp_path / "a", optimizer=optimizer)
     with pytest.raises(ConfigurationError, match="no module 'con'"):
         pgt_diag.FilterRecorder(model, tmp_path / "a", optimizer=optimizer, gap_module="con")
+    with pytest.raises(ConfigurationError, match="no convolution '1'"):
+        pgt_diag.FilterRecorder(model, tmp_path / "a", optimizer=optimizer, taps={"1": "2"})
     recorder = pgt_diag.FilterRecorder(model, tmp_path / "a", optimizer=optimizer)
     with pytest.raises(RunDirectoryError, match="already holds a run"):
         pgt_diag.FilterRecorder(model, tmp_path / "a", optimizer=optimizer)

@@ -1,0 +1,95 @@
+"""What recording costs: the same training step with and without a recorder, in turn.
+
+    python tests/benchmarks/recorder_overhead.py [--device cuda] [--size 224 --batch 256]
+
+Prints one JSON object. Each pair is one step of each of two identical networks, in alternating
+order; the overhead is the median over pairs of (recorded / plain − 1).
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+import pgt_diag
+
+
+def build(device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(norm_layer=torch.nn.Identity, num_classes=10).to(device)
+    settings = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
+    return model, torch.optim.SGD(model.parameters(), **settings)
+
+
+def stepper(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    target: torch.Tensor,
+) -> Callable[[], float]:
+    def step() -> float:
+        began = time.perf_counter()
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+            loss = F.cross_entropy(model(images), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", type=int, default=32, help="image size, pixels")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--pairs", type=int, default=60)
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    images = torch.randn(options.batch, 3, options.size, options.size, device=device)
+    target = torch.randint(10, (options.batch,), device=device)
+
+    plain = stepper(*build(device), images, target)
+    model, optimizer = build(device)
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = pgt_diag.FilterRecorder(model, Path(folder) / "run", optimizer=optimizer)
+        with recorder:
+            recorded = stepper(model, optimizer, images, target)
+            for _ in range(5):
+                plain(), recorded()
+            pairs = []
+            for index in range(options.pairs):
+                order = (plain, recorded) if index % 2 else (recorded, plain)
+                seconds = {step: step() for step in order}
+                pairs.append((seconds[plain], seconds[recorded]))
+    ratios = sorted(recorded / plain - 1 for plain, recorded in pairs)
+    quarter = len(ratios) // 4
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "size": options.size,
+        "batch": options.batch,
+        "pairs": options.pairs,
+        "plain_step_ms": round(1e3 * statistics.median(plain for plain, _ in pairs), 2),
+        "overhead_percent": round(100 * statistics.median(ratios), 2),
+        "overhead_percent_quartiles": [
+            round(100 * ratios[quarter], 2),
+            round(100 * ratios[-1 - quarter], 2),
+        ],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
