@@ -1,0 +1,1 @@
+"""From loaded runs to pandas tables, plotly figures and one HTML page."""

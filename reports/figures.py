@@ -1,0 +1,233 @@
+"""The ordinary charts, as plotly figures. Colours and fonts that depend on light or dark are left
+to the page, which sets them when it draws.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from reports.panels import Panel
+from reports.summary import RunSummary
+from reports.text import number, plotly_text
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x")
+
+BUCKETS = 500
+"""Points per curve: more than a chart has pixels only makes the page heavier."""
+
+
+def learning_curves(summaries: Sequence[RunSummary], column: str) -> go.Figure:
+    """Return train (thin, dashed) and test (thick) curves by epoch; column: accuracy or loss."""
+    figure = _figure("epoch", "accuracy (%)" if column == "accuracy" else "loss")
+    for place, summary in enumerate(summaries):
+        metrics = summary.run.metrics
+        for part, width, dash in (("train", 1.2, "dot"), ("test", 2.2, "solid")):
+            name = f"{part}_{column}"
+            if name not in metrics or metrics[name].isna().all():
+                continue
+            few = len(metrics) <= 40
+            figure.add_scatter(
+                x=metrics["epoch"],
+                y=metrics[name],
+                name=f"{plotly_text(summary.label)}, {part}",
+                mode="lines+markers" if few and part == "test" else "lines",
+                line={"color": _colour(place), "width": width, "dash": dash},
+                marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 6},
+            )
+    return figure
+
+
+def iteration_curves(
+    summaries: Sequence[RunSummary], column: str, title: str, log: bool = False
+) -> go.Figure:
+    """Return the median over short stretches of an every-iteration column, a curve per run."""
+    figure = _figure("iteration", title)
+    if log:
+        figure.update_yaxes(type="log", dtick="D2")
+    for place, summary in enumerate(summaries):
+        iterations = summary.run.iterations
+        if column not in iterations or iterations[column].isna().all():
+            continue
+        curve = bucketed(iterations[column])
+        if log:
+            curve = curve.where(curve > 0)
+        figure.add_scatter(
+            x=curve.index,
+            y=curve,
+            name=plotly_text(summary.label),
+            mode="lines",
+            line=_line(place),
+        )
+    return figure
+
+
+def dead_curves(summaries: Sequence[RunSummary], dead: Sequence[pd.DataFrame]) -> go.Figure:
+    """Return the number of dead filters of the whole network over time, a step curve per run.
+
+    dead: per run, dead filters by layer (rows) and time bin (columns), as in the zero-out map.
+    """
+    figure = _figure("iteration", "dead filters")
+    figure.update_yaxes(rangemode="tozero")
+    for place, (summary, table) in enumerate(zip(summaries, dead, strict=True)):
+        if table.empty:
+            continue
+        figure.add_scatter(
+            x=table.columns,
+            y=table.sum(axis=0),
+            name=plotly_text(summary.label),
+            mode="lines",
+            line=_line(place) | {"shape": "hv"},
+        )
+    return figure
+
+
+def clipped_share(summary: RunSummary) -> pd.Series:
+    """Return, for stretches of the run, the share of steps whose global norm GC clipped."""
+    coefficient = summary.run.iterations.get("clip_coefficient")
+    if coefficient is None or coefficient.isna().all():
+        return pd.Series(dtype=float)
+    clipped = (coefficient < 1).astype(float).where(coefficient.notna())
+    return bucketed(clipped, buckets=100, mean=True) * 100
+
+
+def clipping(summaries: Sequence[RunSummary]) -> go.Figure | None:
+    """Return how often GC clipped, in percent of the steps; None where it never could."""
+    figure = _figure("iteration", "steps clipped by GC (%)")
+    figure.update_yaxes(range=[0, 103])
+    for place, summary in enumerate(summaries):
+        series = clipped_share(summary)
+        if len(series):
+            figure.add_scatter(
+                x=series.index,
+                y=series,
+                name=plotly_text(summary.label),
+                mode="lines",
+                line=_line(place),
+            )
+    return figure if figure.data else None
+
+
+def agc_activity(summary: RunSummary) -> pd.DataFrame:
+    """Return, per layer, how often AGC clipped a filter and how hard, over the whole run.
+
+    Index layer; columns clipped (percent of filters and iterations), factor (mean over all, 1
+    where nothing was clipped). Empty for a run without AGC.
+    """
+    factors = summary.run.mean_clip_factors
+    if factors.empty or factors.isna().all(axis=None):
+        return pd.DataFrame(columns=["clipped", "factor"])
+    filters = pd.Series({layer.name: layer.filters for layer in summary.run.layers})
+    clipped = 100 * summary.run.state_counts("clipped").mean() / filters
+    return pd.DataFrame({"clipped": clipped, "factor": factors.mean()}).reindex(filters.index)
+
+
+def clipping_by_layer(summaries: Sequence[RunSummary]) -> go.Figure | None:
+    """Return a bar per layer and run: how often AGC clipped its filters; None without AGC."""
+    figure = _figure("", "filter steps clipped by AGC (%)")
+    for place, summary in enumerate(summaries):
+        table = agc_activity(summary)
+        if table.empty:
+            continue
+        factors = [f"mean factor {number(value, 3)}" for value in table["factor"]]
+        figure.add_bar(
+            x=[plotly_text(name) for name in table.index],
+            y=table["clipped"],
+            name=plotly_text(summary.label),
+            hovertext=factors,
+            marker={"color": _colour(place), "pattern": {"shape": ("", "/", "x")[place % 3]}},
+        )
+    figure.update_xaxes(tickangle=-45)
+    return figure if figure.data else None
+
+
+def panel_axes(panel: Panel, last_iteration: int) -> go.Figure:
+    """Return a panel of Fig. 3 without its lines: axes, zoom and the rug of zero-out instants.
+
+    The page draws the lines on a canvas beneath, since plotly's own would take ten times as long.
+    Gridlines stay off: they would be drawn over the canvas.
+    """
+    figure = _figure("iteration", "L2 norm")
+    figure.update_layout(
+        margin={"l": 54, "r": 10, "t": 6, "b": 40},
+        hovermode=False,
+        showlegend=False,
+        dragmode="zoom",
+        yaxis2={
+            "overlaying": "y",
+            "range": [0, 1],
+            "automargin": False,
+            "fixedrange": True,
+            "visible": False,
+            "showgrid": False,
+        },
+    )
+    # Fixed margins: the page places the canvas before plotly has measured any label.
+    bare = {"showgrid": False, "zeroline": False, "automargin": False}
+    figure.update_layout(
+        xaxis={"range": [0, max(1, last_iteration)], **bare},
+        yaxis={"range": panel_range(panel), **bare},
+    )
+    # plotly makes no axis without a trace on it; this one stands for the lines on the canvas.
+    figure.add_scatter(x=[None], y=[None], name="lines", mode="lines")
+    marks = (
+        ("died", panel.deaths["iteration"], "line-ns-open", 11),
+        ("revived", panel.deaths["revival_iteration"].dropna(), "triangle-up-open", 8),
+    )
+    for name, instants, symbol, size in marks:
+        figure.add_scatter(
+            x=instants.astype(int).tolist(),
+            y=[0.018] * len(instants),
+            yaxis="y2",
+            name=name,
+            mode="markers",
+            marker={"symbol": symbol, "size": size, "line": {"width": 1}},
+            cliponaxis=False,
+        )
+    return figure
+
+
+def panel_range(panel: Panel) -> list[float]:
+    """Return a panel's y range: from 0 where some line comes near it, else close to the lines.
+
+    Without a collapse the paper's range would squeeze all lines into one band.
+    """
+    margin = 0.04 * (panel.top - panel.bottom)
+    if panel.bottom < 0.5 * panel.top or not margin:
+        return [0, panel.top * 1.04]
+    return [panel.bottom - 3 * margin, panel.top + margin]
+
+
+def bucketed(series: pd.Series, buckets: int = BUCKETS, mean: bool = False) -> pd.Series:
+    """Return medians (or means) of at most `buckets` equal stretches, at their middle index."""
+    if len(series) <= buckets:
+        return series
+    group = np.arange(len(series)) * buckets // len(series)
+    grouped = series.groupby(group)
+    values = grouped.mean() if mean else grouped.median()
+    middle = pd.Series(series.index).groupby(group).median().round().astype(int)
+    return values.set_axis(pd.Index(middle, name=series.index.name))
+
+
+def _figure(x: str, y: str) -> go.Figure:
+    return go.Figure(
+        layout={
+            "template": None,
+            "margin": {"l": 56, "r": 14, "t": 10, "b": 44},
+            "xaxis": {"title": {"text": x, "standoff": 8}, "zeroline": False, "tickangle": 0},
+            "yaxis": {"title": {"text": y, "standoff": 8}, "zeroline": False},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "hovermode": "x unified",
+        }
+    )
+
+
+def _colour(place: int) -> str:
+    return OKABE_ITO[place % len(OKABE_ITO)]
+
+
+def _line(place: int) -> dict[str, object]:
+    return {"color": _colour(place), "dash": DASHES[place % len(DASHES)], "width": 1.8}

@@ -1,0 +1,149 @@
+"""What one run amounts to, in numbers: deaths, revivals, accuracy, decay budget. No words yet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from pgt_diag.filters import deaths, decay_budget
+from reports.source import Layer, Run
+from reports.text import run_labels
+
+NORM_TEST_BUDGET = math.log(100)
+"""Decay budget at which a dead filter's norm reaches 1e-2 of its value (ln 100 ≈ 4.6)."""
+
+ABSORBING_SUFFIX = "conv1"
+"""Layers that cannot revive: the stem and each block's first convolution end in it."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracies in percent of the epoch with the best test accuracy, as the paper reports."""
+
+    train: float
+    test: float
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Death:
+    """One row of the table of deaths, in plain Python values; `revival` is None while it lasts."""
+
+    layer: str
+    layer_index: int
+    filter: int
+    iteration: int
+    revival: int | None
+    cause: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run with its label in this report and everything derived from its event log."""
+
+    run: Run
+    label: str
+
+    @cached_property
+    def deaths(self) -> pd.DataFrame:
+        """One row per death; see `pgt_diag.filters.deaths`."""
+        return deaths(self.run.events, self.run.iteration_count)
+
+    @cached_property
+    def lasting(self) -> pd.DataFrame:
+        """The deaths that last to the end, one row per filter."""
+        lasting = self.deaths[self.deaths["revival_iteration"].isna()]
+        return lasting.drop_duplicates(["layer", "filter"])
+
+    @cached_property
+    def revived(self) -> pd.DataFrame:
+        """The deaths that ended before the run did."""
+        return self.deaths[self.deaths["revival_iteration"].notna()]
+
+    @property
+    def filters(self) -> int:
+        """Number of filters of all convolutions."""
+        return sum(layer.filters for layer in self.run.layers)
+
+    @property
+    def dead(self) -> int:
+        """Number of filters dead at the end."""
+        return len(self.lasting)
+
+    @property
+    def first_death(self) -> Death | None:
+        """The earliest death, whether or not the filter came back."""
+        return self.death_list[0] if self.death_list else None
+
+    @cached_property
+    def death_list(self) -> list[Death]:
+        """The table of deaths as plain values, in order of iteration."""
+        revivals = self.deaths["revival_iteration"].astype(object)
+        return [
+            Death(
+                str(row["layer"]),
+                int(row["layer_index"]),
+                int(row["filter"]),
+                int(row["iteration"]),
+                None if pd.isna(revival) else int(revival),
+                str(row["cause"]),
+            )
+            for row, revival in zip(self.deaths.to_dict("records"), revivals, strict=True)
+        ]
+
+    @cached_property
+    def by_layer(self) -> pd.DataFrame:
+        """One row per layer: index, filters, dead, revivals, first_death (Int64)."""
+        layers = self.run.layers
+        table = pd.DataFrame(
+            {
+                "index": [layer.index for layer in layers],
+                "filters": [layer.filters for layer in layers],
+            },
+            index=pd.Index([layer.name for layer in layers], name="layer"),
+        )
+        table["dead"] = self.lasting.groupby("layer").size().reindex(table.index).fillna(0)
+        table["revivals"] = self.revived.groupby("layer").size().reindex(table.index).fillna(0)
+        first = self.deaths.groupby("layer")["iteration"].min().reindex(table.index)
+        table["first_death"] = first.astype("Int64")
+        return table.astype({"dead": int, "revivals": int})
+
+    @cached_property
+    def accuracy(self) -> Accuracy | None:
+        """Accuracy at the best epoch, or None where no epoch was tested."""
+        metrics = self.run.metrics
+        if metrics.empty or "test_accuracy" not in metrics or metrics["test_accuracy"].isna().all():
+            return None
+        best = metrics.iloc[int(np.nanargmax(metrics["test_accuracy"].to_numpy(np.float64)))]
+        train = float(best["train_accuracy"]) if "train_accuracy" in metrics else math.nan
+        return Accuracy(train, float(best["test_accuracy"]), int(best["epoch"]))
+
+    def budget_since(self, iteration: int) -> float | None:
+        """Return Σ lr·wd/(1−μ) from an iteration to the end; None when it is not known."""
+        config, iterations = self.run.config, self.run.iterations
+        if config is None or iterations.empty or iterations["lr"].isna().all():
+            return None
+        lr = iterations["lr"].to_numpy(np.float64)
+        return decay_budget(lr, config.weight_decay, config.momentum, iteration)
+
+
+def summarise(runs: Sequence[Run]) -> list[RunSummary]:
+    """Label the runs and pair each with its summary.
+
+    Two runs are put in the paper's order, baseline first; more keep the order they came in.
+    """
+    if len(runs) == 2:
+        runs = sorted(runs, key=_is_not_baseline)
+    return [RunSummary(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+
+
+def can_revive(layer: Layer) -> bool:
+    """Say whether a filter at zero can still receive gradient: only where a sum precedes ReLU."""
+    return not layer.name.endswith(ABSORBING_SUFFIX)
+
+
+def _is_not_baseline(run: Run) -> bool:
+    return run.config is None or run.config.method != "baseline"

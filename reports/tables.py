@@ -1,0 +1,231 @@
+"""Table 2 and the other tables of a report, as DataFrames."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pandas as pd
+
+from pgt_diag.config import Method
+from reports.source import Run
+from reports.summary import RunSummary, summarise
+from reports.text import METHOD_NAMES
+
+_PAPER_ROWS = (
+    (1024, Method.BASELINE, math.nan, 66.27, 64.816),
+    (1024, Method.PGT, 0.92, 66.62, 65.498),
+    (512, Method.BASELINE, math.nan, 68.02, 66.552),
+    (512, Method.PGT, 0.25, 69.5, 67.236),
+    (256, Method.BASELINE, math.nan, 68.86, 66.796),
+    (256, Method.GC, math.nan, 69.04, 67.064),
+    (256, Method.AGC, math.nan, 69.06, 67.298),
+    (256, Method.PGT, 0.25, 69.97, 67.814),
+    (256, Method.GC_PGT, 0.25, 68.67, 67.088),
+    (256, Method.AGC_PGT, 0.25, 70.92, 68.856),
+)
+
+
+def _paper_table() -> pd.DataFrame:
+    table = pd.DataFrame(
+        _PAPER_ROWS,
+        columns=["batch_size", "method", "alpha", "train_accuracy", "test_accuracy"],
+    )
+    table["method"] = [str(method) for method in table["method"]]
+    baseline = table[table["method"] == "baseline"].set_index("batch_size")
+    for part in ("train", "test"):
+        start = table["batch_size"].map(baseline[f"{part}_accuracy"])
+        difference = (table[f"{part}_accuracy"] - start).round(3)
+        table[f"{part}_difference"] = difference.mask(table["method"] == "baseline")
+    return table
+
+
+PAPER_TABLE_2 = _paper_table()
+"""Table 2 of the paper: non-BN ResNet-18 on ImageNet-1K, accuracies in percent."""
+
+SETTING_KEYS = ("dataset", "model", "norm", "stem", "image_size", "augment", "epochs")
+"""What two runs must share, beside batch size and seed, for their difference to mean the method."""
+
+MARKED = ("train_accuracy", "test_accuracy", "train_difference", "test_difference")
+"""The columns whose best value is marked, as in the paper."""
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (then nearly normal).
+_T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def interval95(values: Iterable[float]) -> float:
+    """Return the half-width of the 95 % interval of a mean (Student's t); NaN for fewer than 2."""
+    sample = np.asarray([value for value in values if math.isfinite(value)])
+    if len(sample) < 2:
+        return math.nan
+    quantile = _T95[len(sample) - 2] if len(sample) - 2 < len(_T95) else 1.96
+    return float(quantile * sample.std(ddof=1) / math.sqrt(len(sample)))
+
+
+def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
+    """Return one row per run: setting, batch size, seed, method, alpha, status, accuracies, dead.
+
+    Accuracies are those of the epoch with the best test accuracy. A run without a configuration
+    has its label as method and no batch size.
+    """
+    rows = []
+    for summary in summaries:
+        run, accuracy = summary.run, summary.accuracy
+        config = run.config
+        rows.append(
+            {
+                "label": summary.label,
+                "status": run.status,
+                "setting": _setting(run),
+                "batch_size": config.batch_size if config else None,
+                "seed": config.seed if config else None,
+                "method": str(config.method) if config else summary.label,
+                "alpha": config.alpha if config and config.method.uses_pgt else math.nan,
+                "train_accuracy": accuracy.train if accuracy else math.nan,
+                "test_accuracy": accuracy.test if accuracy else math.nan,
+                "dead": summary.dead,
+                "filters": summary.filters,
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.astype({"batch_size": "Int64", "seed": "Int64"}) if rows else table
+
+
+def paired_differences(table: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each run, its difference to the baseline of the same setting, batch and seed.
+
+    table: as `runs_table` makes it, finished runs only. Columns train_difference,
+    test_difference and dead_difference; NaN for baselines and where no baseline matches.
+    """
+    key = ["setting", "batch_size", "seed"]
+    values = ["train_accuracy", "test_accuracy", "dead"]
+    baseline = table[table["method"] == "baseline"].groupby(key)[values].mean()
+    matched = table[key].join(baseline, on=key)
+    differences = pd.DataFrame(index=table.index)
+    for value in values:
+        name = value.replace("_accuracy", "") + "_difference"
+        differences[name] = (table[value] - matched[value]).mask(table["method"] == "baseline")
+    return differences
+
+
+def table2(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return Table 2 of these runs, the paper's values beside them.
+
+    One row per setting, batch size (largest first, those that only the paper has last), method (in
+    the paper's order) and α. Means
+    and spreads (standard deviation) over the finished runs; differences are means over pairs with
+    the baseline of the same setting, batch size and seed, with the half-width of their 95 %
+    interval. `note` says what was left out. Rows with `runs` 0 are cells of the paper that these
+    runs do not have. `best_*` marks the best of each setting and batch size.
+    """
+    table = runs_table(summarise(runs))
+    ours = [_cell(key, group) for key, group in _cells(table)]
+    have = {(row["batch_size"], row["method"]) for row in ours}
+    missing: list[dict[str, object]] = [
+        {"batch_size": row.batch_size, "method": row.method, "runs": 0, "note": "not run"}
+        for row in PAPER_TABLE_2.itertuples()
+        if (row.batch_size, row.method) not in have
+    ]
+    result = pd.DataFrame(ours + missing, columns=_COLUMNS)
+    result = _beside_paper(_in_paper_order(result))
+    return _mark_best(result)
+
+
+_COLUMNS = [
+    "setting", "batch_size", "method", "alpha", "runs", "note",
+    "train_accuracy", "train_spread", "test_accuracy", "test_spread",
+    "pairs", "train_difference", "train_interval", "test_difference", "test_interval",
+    "dead", "filters",
+]  # fmt: skip
+
+
+def _setting(run: Run) -> str:
+    if run.config is None:
+        return "own training loop"
+    values = run.config.to_mapping()
+    shown = [values["model"], values["dataset"], f"{values['epochs']} epochs"]
+    shown += [
+        f"{key} {values[key]}"
+        for key in SETTING_KEYS
+        if key not in ("model", "dataset", "epochs") and values[key] not in (None, "auto", "none")
+    ]
+    return ", ".join(str(value) for value in shown)
+
+
+def _cells(table: pd.DataFrame) -> list[tuple[dict[str, object], pd.DataFrame]]:
+    if table.empty:
+        return []
+    usable = table[table["status"] == "finished"]
+    table = table.join(paired_differences(usable))
+    key = ["setting", "batch_size", "method", "alpha"]
+    return [
+        (dict(zip(key, values, strict=True)), group)
+        for values, group in table.groupby(key, dropna=False, sort=False)
+    ]
+
+
+def _cell(key: dict[str, object], group: pd.DataFrame) -> dict[str, object]:
+    finished = group[group["status"] == "finished"]
+    unfinished = group[group["status"] != "finished"]["status"].value_counts()
+    counts = ", ".join(f"{count} {status}" for status, count in unfinished.items())
+    used = finished
+    note = f"left out: {counts}" if counts else ""
+    if finished.empty:
+        used, note = group, f"best so far, {counts}"
+    cell = key | {"runs": len(used), "note": note, "filters": int(group["filters"].iloc[0])}
+    cell["pairs"] = int(used["test_difference"].notna().sum())
+    cell["dead"] = float(used["dead"].mean())
+    for part in ("train", "test"):
+        accuracy, difference = used[f"{part}_accuracy"], used[f"{part}_difference"].dropna()
+        cell[f"{part}_accuracy"] = float(accuracy.mean())
+        cell[f"{part}_spread"] = float(accuracy.std(ddof=1)) if len(used) > 1 else math.nan
+        cell[f"{part}_difference"] = float(difference.mean()) if len(difference) else math.nan
+        cell[f"{part}_interval"] = interval95(difference)
+    return cell
+
+
+def _in_paper_order(table: pd.DataFrame) -> pd.DataFrame:
+    order = {str(method): place for place, method in enumerate(METHOD_NAMES)}
+    ours = set(table.loc[table["runs"] > 0, "batch_size"].dropna())
+    return (
+        table.assign(
+            # Batch sizes of which these runs have nothing come last.
+            _foreign=(table["runs"] == 0) & ~table["batch_size"].isin(ours),
+            _paper=table["runs"] == 0,
+            _place=table["method"].map(order).fillna(len(order)),
+            batch_size=table["batch_size"].astype("Int64"),
+        )
+        .sort_values(
+            ["_foreign", "batch_size", "_paper", "setting", "_place", "alpha"],
+            ascending=[True, False, True, True, True, True],
+            ignore_index=True,
+        )
+        .drop(columns=["_foreign", "_paper", "_place"])
+    )
+
+
+def _beside_paper(table: pd.DataFrame) -> pd.DataFrame:
+    paper = PAPER_TABLE_2.rename(
+        columns={name: f"paper_{name}" for name in ("alpha", *MARKED)}
+    ).astype({"batch_size": "Int64"})
+    return table.merge(paper, on=["batch_size", "method"], how="left")
+
+
+def _mark_best(table: pd.DataFrame) -> pd.DataFrame:
+    """Add best_* (of ours) and best_paper_*: the largest of the setting and batch size."""
+    for column in MARKED:
+        for name, group in (
+            (column, ["setting", "batch_size"]),
+            (f"paper_{column}", ["batch_size"]),
+        ):
+            value = table[name].astype(float)
+            best = value.groupby([table[key] for key in group], dropna=False).transform("max")
+            alone = value.groupby([table[key] for key in group], dropna=False).transform("count")
+            # The best of one is no distinction; a difference is one already, being of two runs.
+            enough = alone >= (1 if "difference" in name else 2)
+            positive = (value > 0) | ("difference" not in name)
+            table[f"best_{name}"] = value.notna() & (value == best) & enough & positive
+    return table

@@ -1,0 +1,116 @@
+"""Words and numbers for people: labels of runs, formats, and text made safe for where it goes."""
+
+import html
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pgt_diag.config import Method
+from reports.source import Run
+
+MAX_LABEL = 48
+
+METHOD_NAMES = {
+    Method.BASELINE: "Baseline",
+    Method.GC: "GC",
+    Method.AGC: "AGC",
+    Method.PGT: "PGT",
+    Method.GC_PGT: "GC+PGT",
+    Method.AGC_PGT: "AGC+PGT",
+}
+"""The paper's spelling, in the order of its Table 2."""
+
+# U+2028 and U+2029 end a line in old JavaScript; the rest could end the script element.
+_ISLAND_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+
+
+def printable(text: object, limit: int = MAX_LABEL) -> str:
+    """Return text on one line, without control or direction characters, at most `limit` long."""
+    shown = "".join(
+        "�" if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") else sign
+        for sign in str(text)
+    )
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def plotly_text(text: object) -> str:
+    """Return text that plotly shows as it is: titles and names interpret tags and entities."""
+    return html.escape(printable(text)).replace("%{", "%\u2060{").replace("$", "＄")
+
+
+def json_island(data: Any) -> str:
+    """Return JSON that is safe inside a script element, with NaN as null."""
+    return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":")).translate(
+        _ISLAND_ESCAPES
+    )
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
+
+
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+    """Return a number with thousands separators and a real minus; '–' for a missing one."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", "−")
+
+
+def share(part: float, whole: float) -> str:
+    """Return a percentage with enough digits not to read as zero."""
+    if not whole:
+        return "–"
+    percent = 100 * part / whole
+    return f"{percent:.2f} %" if 0 < percent < 1 else f"{percent:.1f} %"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return '1 filter', '4,800 filters'."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def join(words: Sequence[str]) -> str:
+    """Return 'a, b and c'."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def method_label(run: Run) -> str:
+    """Return 'PGT (α 0.25)', or the run's name when it has no configuration."""
+    if run.config is None:
+        return printable(run.name)
+    name = METHOD_NAMES[run.config.method]
+    return f"{name} (α {run.config.alpha:g})" if run.config.method.uses_pgt else name
+
+
+def run_labels(runs: Sequence[Run]) -> list[str]:
+    """Return a distinct label for each run: as short as tells them apart."""
+    ways: list[Callable[[Run], str]] = [
+        method_label,
+        lambda run: f"{method_label(run)}, batch {run.config.batch_size}" if run.config else "",
+        lambda run: f"{method_label(run)}, seed {run.config.seed}" if run.config else "",
+        lambda run: (
+            f"{method_label(run)}, batch {run.config.batch_size}, seed {run.config.seed}"
+            if run.config
+            else ""
+        ),
+        lambda run: printable(run.name),
+    ]
+    for way in ways:
+        labels = [way(run) or printable(run.name) for run in runs]
+        if len(set(labels)) == len(labels):
+            return labels
+    counts: Counter[str] = Counter()
+    distinct = []
+    for label in labels:
+        counts[label] += 1
+        distinct.append(f"{label} #{counts[label]}")
+    return distinct

@@ -1,0 +1,435 @@
+"""The page in a real headless Chromium: panels drawn, hover right, controls work, nothing leaks."""
+
+import re
+import shutil
+
+import pytest
+
+from pgt_diag.config import RunConfig
+from reports.demo import DemoRun, demo_runs
+from reports.page import build_page
+from reports.panels import fig3, thin
+from reports.summary import summarise
+from reports.text import printable
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium"),
+]
+
+# Each tries to run `pwn()`, to load something, or to break the text around it.
+PAYLOADS = """
+<script>pwn()</script>
+</script><script>pwn()</script>
+<img src=x onerror=pwn()>
+"><img src=x onerror=pwn()>
+'><svg onload=pwn()>
+</style><script>pwn()</script>
+</title><script>pwn()</script>
+</textarea><script>pwn()</script>
+<!--<script>pwn()</script>
+--><script>pwn()</script>
+<svg/onload=pwn()>
+<body onload=pwn()>
+<iframe src="javascript:pwn()">
+<a href="javascript:pwn()">click</a>
+<b>bold</b><br><i>x</i>
+<math><mtext><script>pwn()</script>
+<details open ontoggle=pwn()>
+<input autofocus onfocus=pwn()>
+<video src=x onerror=pwn()>
+<object data="javascript:pwn()">
+<embed src="javascript:pwn()">
+<link rel=stylesheet href=http://evil.invalid/x.css>
+<meta http-equiv=refresh content="0;url=http://evil.invalid">
+<base href=http://evil.invalid/>
+<form action=http://evil.invalid><button>go
+<style>@import 'http://evil.invalid/x.css'</style>
+" onmouseover="pwn()
+' onmouseover='pwn()
+` onmouseover=`pwn()
+" autofocus onfocus="pwn()" x="
+';pwn();//
+";pwn();//
+`;pwn();//
+${pwn()}
+{{7*7}}
+{% raw %}x{% endraw %}
+{{ config.__class__.__mro__ }}
+{{ ''|attr('x') }}
+%{customdata}
+%{y:.2f}<extra></extra>
+$\\href{javascript:pwn()}{x}$
+$$\\unicode{x3c}script>$$
+javascript:pwn()
+data:text/html,<script>pwn()</script>
+&lt;script&gt;pwn()&lt;/script&gt;
+&#60;script&#62;pwn()&#60;/script&#62;
+\\u003cscript\\u003epwn()
+\\";pwn();//
+]]><script>pwn()</script>
+]};pwn();//
+__proto__
+constructor
+toString
+=cmd|' /C calc'!A0
++1+1
+@SUM(1)
+../../etc/passwd
+C:\\Users\\x
+[link=http://evil.invalid]x[/link]
+[/x]
+url(http://evil.invalid/x.png)
+--x:url(http://evil.invalid)
+é ü 漢字 🎉
+null
+NaN
+""".strip().splitlines()
+CONTROLS = [
+    "\udcff name",
+    "a\u202eb",
+    "a\u2028pwn()\u2029b",
+    "x\x00y",
+    "tab\there",
+    "\ufeffbom",
+    "z" * 5000,
+]
+HOSTILE = PAYLOADS + CONTROLS
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Opened:
+    """A page with everything that it complained of or asked for."""
+
+    def __init__(self, browser, text, folder, **options):
+        path = folder / "report.html"
+        path.write_text(text, encoding="utf-8")
+        self.complaints, self.requests = [], []
+        # Reduced motion: no smooth scrolling between finding a place and pointing at it.
+        viewport = {"width": 1280, "height": 900}
+        options = {"viewport": viewport, "reduced_motion": "reduce"} | options
+        self.page = browser.new_page(**options)
+        self.page.on("console", lambda m: self.complaints.append(m.text))
+        self.page.on("pageerror", lambda e: self.complaints.append(str(e)))
+        self.page.on("dialog", lambda d: (self.complaints.append(d.message), d.dismiss()))
+        self.page.on("request", lambda r: self.requests.append(r.url))
+        self.page.goto(path.as_uri())
+
+    def outside(self):
+        return [url for url in self.requests[1:] if not url.startswith(("data:", "blob:"))]
+
+    def wait_for_panels(self, count):
+        self.page.locator(".plot[data-drawn]").nth(count - 1).wait_for(state="attached")
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return demo_runs(iteration_count=2000, record_every=10)
+
+
+@pytest.fixture(scope="module")
+def opened(browser, runs, tmp_path_factory):
+    opened = Opened(browser, build_page(runs), tmp_path_factory.mktemp("page"))
+    opened.wait_for_panels(6)
+    yield opened
+    opened.page.close()
+
+
+@pytest.fixture
+def page(opened):
+    yield opened.page
+    assert opened.complaints == []
+    assert opened.outside() == []
+
+
+# Read from a copy: reading a page's own canvas makes Chromium complain in its console.
+COPY = """const copied = (canvas) => {
+    const copy = Object.assign(document.createElement("canvas"),
+        { width: canvas.width, height: canvas.height });
+    const context = copy.getContext("2d", { willReadFrequently: true });
+    context.drawImage(canvas, 0, 0);
+    return context.getImageData(0, 0, canvas.width, canvas.height).data;
+};"""
+PIXELS = """canvas => {
+    COPY
+    const data = copied(canvas);
+    const seen = new Map();
+    for (let i = 0; i < data.length; i += 4) {
+        const key = data[i] << 16 | data[i + 1] << 8 | data[i + 2];
+        seen.set(key, (seen.get(key) ?? 0) + 1);
+    }
+    return { colours: seen.size, most: Math.max(...seen.values()), all: data.length / 4 };
+}""".replace("COPY", COPY)
+CORNER = "canvas => { COPY return [...copied(canvas).slice(0, 3)]; }".replace("COPY", COPY)
+
+
+def pixels(page, panel):
+    return page.locator(".plot canvas.lines").nth(panel).evaluate(PIXELS)
+
+
+@pytest.mark.parametrize("panel", range(6))
+def test_panels_are_drawn_in_many_colours(page, panel):
+    seen = pixels(page, panel)
+    assert seen["colours"] > 200
+    assert seen["most"] < 0.95 * seen["all"]
+
+
+def test_a_known_line_is_where_its_norm_is(page, runs):
+    canvas = page.locator(".plot canvas.lines").first
+    panel = fig3(summarise(runs), [11])[0][0]
+    top = panel.top * 1.04
+    values = panel.norms.to_numpy()
+    highest = values.max(axis=1)
+    # At the middle row, the highest line is the first ink from above.
+    row = len(values) // 2
+    share = panel.norms.index[row] / runs[0].iteration_count
+    first_ink = canvas.evaluate(
+        """(canvas, share) => {
+            COPY
+            const x = Math.round(share * canvas.width), data = copied(canvas);
+            for (let y = 0; y < canvas.height; y++) {
+                if (data[4 * (y * canvas.width + x) + 1] < 200) return y / canvas.height;
+            }
+        }""".replace("COPY", COPY),
+        share,
+    )
+    assert first_ink == pytest.approx(1 - highest[row] / top, abs=0.02)
+
+
+def test_the_hover_names_filter_iteration_norm_and_state(page, runs):
+    panel = fig3(summarise(runs), [11])[0][0]
+    norms = thin(panel.norms, 10**9)
+    line = int(norms.iloc[100].idxmax())
+    at, norm = int(norms.index[100]), float(norms.iloc[100, line])
+    page.locator("#fig3 h2").scroll_into_view_if_needed()
+    box = page.locator(".plot canvas.lines").first.bounding_box()
+    x = box["x"] + box["width"] * at / runs[0].iteration_count
+    y = box["y"] + box["height"] * (1 - norm / (panel.top * 1.04))
+    page.mouse.move(x, y)
+    said = page.inner_text("#tip")
+    assert said.splitlines()[0] == f"filter {line}"
+    found = re.search(r"iteration ([\d,]+) · norm ([\d.]+)", said)
+    assert int(found[1].replace(",", "")) == at
+    assert float(found[2]) == pytest.approx(norm, rel=0.01)
+    assert "state: alive" in said and "never died" in said
+
+
+def test_the_rug_names_a_death(page, runs):
+    summary = summarise(runs)[0]
+    deaths = fig3([summary], [19])[0][0].deaths
+    death = deaths.iloc[len(deaths) // 2]
+    page.locator(".panel").nth(2).scroll_into_view_if_needed()
+    box = page.locator(".plot canvas.lines").nth(2).bounding_box()
+    x = box["x"] + box["width"] * death["iteration"] / runs[0].iteration_count
+    page.mouse.move(x, box["y"] + box["height"] - 3)
+    said = page.inner_text("#tip")
+    instants = deaths[(deaths["iteration"] - death["iteration"]).abs() < 5]["iteration"]
+    assert any(f"died at iteration {at:,} (silent)" in said for at in instants)
+
+
+def test_a_dead_filter_says_so_at_the_keyboard(page):
+    page.locator(".panel").nth(2).focus()
+    page.keyboard.press("Escape")
+    # Down through all lines to the one with the smallest norm.
+    page.evaluate(
+        """() => {
+            const panel = document.querySelectorAll(".panel")[2];
+            for (let i = 0; i < 600; i++) {
+                panel.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown" }));
+            }
+        }"""
+    )
+    said = page.inner_text("#tip")
+    assert re.search("state: .*silent", said) and re.search("state: .*zero gradient", said)
+    assert "not recovered" in said
+    page.keyboard.press("Escape")
+    assert page.locator("#tip").is_hidden()
+
+
+def test_zoom_redraws_the_lines(page):
+    page.mouse.move(5, 5)
+    before = page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()")
+    page.locator("#fig3 h2").scroll_into_view_if_needed()
+    box = page.locator(".plot canvas.lines").first.bounding_box()
+    page.mouse.move(box["x"] + 60, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 200, box["y"] + 140, steps=4)
+    page.mouse.up()
+    page.wait_for_timeout(300)
+    zoomed = page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()")
+    assert zoomed != before
+    # Not a double click: on a busy machine its two clicks come too far apart.
+    page.locator(".plot [data-title='Reset axes']").first.click()
+    page.wait_for_timeout(500)
+    page.mouse.move(5, 5)
+    assert page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()") == before
+
+
+@pytest.mark.parametrize("view", ["heat", "bands"])
+def test_other_views(page, view):
+    lines = page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()")
+    page.check(f"input[value={view}]")
+    page.wait_for_timeout(400)
+    assert page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()") != lines
+    page.check("input[value=lines]")
+    page.wait_for_timeout(400)
+    assert page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()") == lines
+
+
+def test_other_layers_are_drawn_when_opened(page):
+    drawn = page.locator(".folds .plot[data-drawn]")
+    assert drawn.count() == 0
+    page.locator(".folds > summary").click()
+    page.locator(".fold summary").nth(3).click()
+    drawn.nth(1).wait_for(state="attached")
+    page.locator(".folds > summary").click()
+
+
+def test_the_slider_moves_through_the_snapshots(page):
+    slider = page.locator("#fig4-controls input[type=range]")
+    slider.scroll_into_view_if_needed()
+    window = page.locator(".maps-window").first
+    seen = [window.screenshot()]
+    said = [page.inner_text("#fig4-controls output")]
+    slider.fill("0")
+    seen.append(window.screenshot())
+    said.append(page.inner_text("#fig4-controls output"))
+    page.check("input[name=image][value='1']")
+    seen.append(window.screenshot())
+    assert said == ["iteration 1,999", "iteration 0"]
+    assert len(set(seen)) == 3
+    assert "0 of 64 channels dead" in page.inner_text(".maps-count >> nth=0")
+
+
+def test_deaths_can_be_filtered_sorted_and_downloaded(page, runs):
+    total = sum(len(summary.deaths) for summary in summarise(runs))
+    page.fill("#deaths-search", "layer4.1.conv2 pgt")
+    shown = page.inner_text("#deaths-count")
+    few = int(shown.split(" of ")[0].replace(",", ""))
+    assert 0 < few < total and shown.endswith(f"{total:,}")
+    page.click("#deaths-table th:nth-child(4) button")
+    filters = page.locator("#deaths-table tbody td:nth-child(4)").all_inner_texts()
+    assert filters == sorted(filters, key=int)
+    with page.expect_download() as download:
+        page.click("#deaths-csv")
+    lines = download.value.path().read_text().splitlines()
+    assert lines[0].startswith("run,layer,index,filter,iteration")
+    assert len(lines) == few + 1
+    page.fill("#deaths-search", "")
+
+
+def test_charts_are_drawn_without_an_upload_button(page):
+    page.locator("#curves").scroll_into_view_if_needed()
+    chart = page.locator("#curves .chart[data-drawn]")
+    chart.nth(3).wait_for(state="attached")
+    assert page.locator("#curves .chart .scatterlayer path.js-line").count() >= 8
+    titles = page.locator(".modebar-btn").evaluate_all("b => b.map(x => x.dataset.title)")
+    assert titles
+    assert not [title for title in titles if re.search("share|cloud|upload", title or "", re.I)]
+
+
+def test_dark_and_narrow(browser, runs, tmp_path):
+    opened = Opened(
+        browser,
+        build_page(runs, other_layers=False),
+        tmp_path,
+        color_scheme="dark",
+        viewport={"width": 390, "height": 800},
+    )
+    opened.wait_for_panels(1)
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    corner = page.locator(".plot canvas.lines").first.evaluate(CORNER)
+    assert max(corner) < 60
+    page.emulate_media(color_scheme="light")
+    page.wait_for_timeout(800)
+    corner = page.locator(".plot canvas.lines").first.evaluate(CORNER)
+    assert min(corner) > 240
+    assert opened.complaints == []
+    page.close()
+
+
+def test_readable_without_javascript(browser, runs, tmp_path):
+    opened = Opened(browser, build_page(runs), tmp_path, java_script_enabled=False)
+    page = opened.page
+    text = page.inner_text("main")
+    summary = summarise(runs)[0]
+    assert f"{summary.dead:,} of 4,800 filters" in text
+    assert "68.856" in text and "not run" in text
+    assert summary.deaths.iloc[0]["layer"] in page.inner_text("#deaths-table")
+    assert page.locator(".maps-window img").first.bounding_box()["width"] > 1000
+    assert not page.locator("#fig4-controls").is_visible()
+    page.close()
+
+
+def hostile_run(place, string):
+    config = RunConfig.from_mapping(
+        {
+            "method": ("baseline", "pgt", "gc", "agc")[place % 4],
+            "seed": place,
+            "data": string,
+            "epochs": 3,
+            "warmup_epochs": 0,
+        }
+    )
+    # A folder's name can hold any bytes; a layer's name is text, since Parquet holds it.
+    layer = string.encode("utf-8", "replace").decode()
+    return DemoRun(
+        string,
+        None if place % 2 else config,
+        mortality=0.9,
+        iteration_count=60,
+        record_every=6,
+        shape=((layer + "a", 4), (layer + "b", 4)),
+        status="interrupted",
+        labels=(string, "x"),
+        extra={
+            "message": string,
+            "model": string,
+            "command": ["pgt-diag", string],
+            "environment": {string: string},
+            "gap_source": string,
+            "data": {"classes": [string]},
+        },
+    )
+
+
+def test_hostile_strings_run_nothing_and_appear_as_text(browser, tmp_path):
+    assert len(HOSTILE) >= 50
+    for group in range(3):
+        strings = HOSTILE[group::3]
+        runs = [hostile_run(place, string) for place, string in enumerate(strings)]
+        opened = Opened(browser, build_page(runs, title=strings[0]), tmp_path)
+        page = opened.page
+        opened.wait_for_panels(2)
+        page.locator("#curves").scroll_into_view_if_needed()
+        page.locator("#curves .chart[data-drawn]").nth(0).wait_for(state="attached")
+        page.fill("#deaths-search", "silent")
+        text = page.evaluate("document.body.textContent")
+        for string in strings:
+            assert printable(string) in text, string
+        # Whatever a payload would have made, had it been taken for markup.
+        made = "img[src=x], iframe, object, embed, video, base, form, link, main script, main style"
+        assert page.locator(made).count() == 0
+        assert page.evaluate("typeof pwn") == "undefined"
+        assert opened.complaints == []
+        assert opened.outside() == []
+        page.close()

@@ -1,0 +1,327 @@
+"""What a report shows, before anything is drawn: lines, panels, maps, sprites, the verdict."""
+
+import base64
+import dataclasses
+import io
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from pgt_diag.config import RunConfig
+from pgt_diag.errors import ConfigurationError
+from reports import figures, panels, sprites, text, zeroout
+from reports.demo import DemoLayer, DemoRun, demo_runs
+from reports.lines import pack, thin, unpack
+from reports.summary import summarise
+from reports.verdict import verdict
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return summarise(demo_runs(iteration_count=2000, record_every=10))
+
+
+def config(method="baseline", **values):
+    return RunConfig.from_mapping({"method": method, "epochs": 3, "warmup_epochs": 0} | values)
+
+
+# Lines
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (300, 40)])
+def test_packed_lines_come_back(shape):
+    rng = np.random.default_rng(0)
+    values = np.abs(rng.normal(1, 0.3, shape) + 0.01 * rng.normal(size=shape).cumsum(0))
+    packed = pack(values.astype(np.float32))
+    step = packed.top / (packed.levels - 1)
+    assert np.abs(unpack(packed) - values).max() <= 0.51 * step
+
+
+def test_zero_stays_zero_and_nothing_else_becomes_zero():
+    values = np.array([[1.0, 0.0, 1e-23, np.nan], [1.0, 1e-9, 0.0, np.inf]], np.float32)
+    back = unpack(pack(values))
+    assert ((back == 0) == (values == 0)).all()
+    assert (np.isnan(back) == ~np.isfinite(values)).all()
+
+
+def test_quiet_lines_are_kept_finer_than_noisy_ones():
+    time = np.linspace(0, 1, 500)[:, None]
+    noise = np.random.default_rng(0).normal(1, 0.1, (500, 20))
+    assert pack(1 + time * np.ones((1, 20)) * 0.001).levels > pack(np.abs(noise)).levels
+
+
+def test_thinning_keeps_a_dip():
+    values = np.ones((1000, 2), np.float32)
+    values[503, 1] = 0.0
+    table = thin(pd.DataFrame(values), 50)
+    assert len(table) == 50
+    assert table[1].min() == 0 and table[0].min() == 1
+
+
+def test_thinning_keeps_a_dip_between_stored_rows():
+    table = pd.DataFrame(np.ones((4, 1), np.float32))
+    lowest = table.copy()
+    lowest.iloc[2, 0] = 1e-4
+    assert thin(table, 10, lowest)[0].tolist() == pytest.approx([1, 1, 1e-4, 1])
+
+
+# Fig. 3
+
+
+def test_the_letters_are_the_papers(pair):
+    rows = panels.fig3(pair)
+    assert [[panel.letter for panel in row] for row in rows] == [["a", "b"], ["c", "d"], ["e", "f"]]
+    assert [row[0].subject.split(" ·")[0] for row in rows] == [
+        "layer 11 filters",
+        "layer 19 filters",
+        "GAP features",
+    ]
+    assert [pair[panel.run].label for panel in rows[0]] == ["Baseline", "PGT (α 0.25)"]
+    for row in rows:
+        assert len({panel.top for panel in row}) == 1
+
+
+def test_the_baseline_comes_first_whatever_the_order():
+    first, second = demo_runs(200, 10)
+    assert [each.run for each in summarise([second, first])] == [first, second]
+
+
+def test_panels_say_what_died_in_their_layer(pair):
+    panel = panels.fig3(pair, [19])[0][0]
+    lasting = panel.deaths[panel.deaths["revival_iteration"].isna()]
+    assert lasting["filter"].nunique() == pair[0].by_layer.loc["layer4.1.conv2", "dead"]
+    assert set(panel.events.columns) == {"kind", "filter", "start_iteration", "end_iteration"}
+
+
+def layers(count):
+    return [DemoLayer(f"conv{i}", i, 4) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "found"),
+    [
+        (20, (11, 19), [11, 19]),
+        (9, (11, 19), [5, 8]),
+        (1, (11, 19), [0]),
+        (53, (11, 19), [30, 52]),
+        (20, ("conv3", 4, "7"), [3, 4, 7]),
+        (20, (99,), [None]),
+    ],
+)
+def test_layers_by_index_and_name(count, wanted, found):
+    resolved = panels.resolve_layers(layers(count), wanted)
+    assert [layer and layer.index for layer in resolved] == found
+
+
+def test_a_layer_that_no_run_has_is_an_error_that_names_it(pair):
+    with pytest.raises(ConfigurationError, match=r"'nonsense'.*0 to 19"):
+        panels.fig3(pair, ["nonsense"])
+
+
+def test_the_other_layers_are_all_the_others(pair):
+    shown = panels.fig3(pair)
+    assert len(panels.other_layers(pair, shown)) == 18
+
+
+def test_panels_stay_within_their_budget(pair):
+    rows = panels.fig3(pair)
+    packed = panels.pack_panels(rows, 1500, 200_000)
+    assert sum(len(each.lines.data) for row in packed for each in row) <= 210_000
+    for each in packed[0]:
+        assert len(each.panel.norms) == each.lines.rows
+
+
+def test_features_that_end_at_zero_are_dead_from_there():
+    norms = pd.DataFrame(np.ones((5, 3), np.float32), index=[0, 10, 20, 30, 40])
+    norms.loc[20:, 1] = 0
+    norms.loc[10:20, 2] = 0
+    dead = panels.silent_features(norms, window=20)
+    assert dead[["filter", "iteration"]].to_numpy().tolist() == [[1, 20]]
+
+
+# Zero-out map
+
+
+def test_the_map_counts_the_dead_at_every_time(pair):
+    for each in pair:
+        made = zeroout.zero_out_map(each)
+        assert made.dead.iloc[:, -1].tolist() == each.by_layer["dead"].tolist()
+        assert len(made.revivals) == len(each.revived)
+        at = made.dead.columns[100]
+        width = made.dead.columns[101] - at
+        deaths = each.deaths
+        end = deaths["revival_iteration"].fillna(10**9)
+        by_hand = ((deaths["iteration"] < at + width) & (end >= at + width)).sum()
+        assert made.dead[at].sum() == by_hand
+
+
+def test_one_dead_filter_is_visible_on_the_map():
+    share = pd.DataFrame([[0.0, 1 / 512, 1.0]])
+    alpha = np.asarray(_picture(zeroout.map_png(share)))[0, :, 3]
+    assert alpha[0] == 0 and alpha[1] > 50 and alpha[2] == 255
+
+
+def _picture(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+
+
+# Fig. 4
+
+
+def test_sprites_mark_the_zero_channels(pair):
+    made = sprites.sprite(pair[0])
+    assert len(made.inputs) == 3
+    assert _picture(made.uri).size == (made.width * len(made.iterations), made.height * 3)
+    last = made.states[made.states["iteration"] == made.iterations[-1]]
+    dead = pair[0].lasting[pair[0].lasting["layer"] == "layer1.0.conv1"]
+    assert set(last.loc[last["dead"], "channel"]) == set(dead["filter"])
+    assert last.loc[last["dead"], "zero"].all()
+
+
+@pytest.mark.parametrize("size", [(2, 2), (5, 7), (8, 8), (56, 56), (112, 112), (300, 1)])
+def test_sprites_take_maps_of_any_size(pair, size):
+    first = pair[0].run.feature_maps[0]
+    maps = np.random.default_rng(0).random((3, 64, *size), dtype=np.float32)
+    maps[0, 5] = 0
+    maps[1, 6] = np.nan
+    run = dataclasses.replace(pair[0].run)
+    run.__dict__["feature_maps"] = (dataclasses.replace(first, maps=maps),)
+    made = sprites.sprite(summarise([run])[0])
+    assert made.states.query("image == 0 and channel == 5")["zero"].item()
+    assert _picture(made.uri).size == (made.width, made.height * 3)
+
+
+def test_a_run_without_feature_maps_has_no_sprite():
+    run = DemoRun("none", None, shape=(("conv1", 4),), iteration_count=10, record_every=1)
+    assert sprites.sprite(summarise([run])[0]) is None
+
+
+# Verdict
+
+
+def test_the_verdict_counts_what_the_log_says(pair):
+    judged = verdict([each.run for each in pair])
+    assert judged.facts[0].value == f"{pair[0].dead:,}"
+    first = pair[0].first_death
+    assert f"filter {first.filter}, at iteration {first.iteration:,}" in str(judged.sentences[0])
+    assert f"{pair[0].dead - pair[1].dead} fewer dead filters" in judged.comparisons[0]
+    assert not judged.warnings
+
+
+def test_a_small_decay_budget_is_not_read_as_survival(pair):
+    said = verdict([pair[0].run]).sentences[0].text
+    budget = pair[0].budget_since(pair[0].first_death.iteration)
+    assert budget < math.log(100)
+    assert f"is {budget:.2g} of the 4.6 needed: by decay alone no norm can" in said
+
+
+def _recovery(run, events):
+    changed = dataclasses.replace(run)
+    changed.__dict__["events"] = events
+    return verdict([changed]).claims[-1]
+
+
+def test_the_recovery_claim_is_tested_on_collapsed_norms(pair):
+    run, events = pair[0].run, pair[0].run.events
+    assert _recovery(run, events).judgement == "agrees"
+    back = events.copy()
+    collapsed = back["kind"] == "collapsed"
+    back.loc[collapsed, "end_iteration"] = back.loc[collapsed, "start_iteration"] + 5
+    assert _recovery(run, back).judgement == "contradicts"
+    assert f"{collapsed.sum():,} of {collapsed.sum():,} collapsed norms grew" in (
+        _recovery(run, back).evidence
+    )
+
+
+def test_deaths_by_silence_only_lean(pair):
+    run, events = pair[0].run, pair[0].run.events
+    silent = events[events["kind"].isin(["silent", "zero_gradient"])]
+    claim = _recovery(run, silent)
+    assert claim.judgement == "leans against"
+    assert claim.evidence.startswith(f"{len(pair[0].revived)} of {len(pair[0].deaths):,} deaths")
+    lasting = silent[silent["end_iteration"].isna()]
+    assert _recovery(run, lasting).judgement == "leans towards"
+
+
+def test_one_pair_only_leans_and_five_pairs_find(pair):
+    assert verdict([each.run for each in pair]).claims[0].judgement == "leans towards"
+    many = [
+        DemoRun(f"{method}{seed}", config(method, seed=seed), mortality, 400, 10, seed=seed)
+        for seed in range(4)
+        for method, mortality in (("baseline", 0.4), ("pgt", 0.05))
+    ]
+    assert verdict(many).claims[0].judgement == "agrees"
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "diverged", "failed"])
+def test_unfinished_runs_are_warned_of(status):
+    run = DemoRun("x", config(), 0.1, 100, 10, status=status, extra={"message": "loss is NaN"})
+    warning = verdict([run]).warnings[0]
+    assert status in warning or (status == "running" and "still training" in warning)
+    assert "loss is NaN" in warning
+
+
+def test_runs_that_differ_in_more_than_the_method_are_warned_of():
+    runs = [
+        DemoRun("a", config(), 0, 50, 5),
+        DemoRun("b", config("pgt", seed=3, epochs=5), 0, 50, 5),
+    ]
+    warnings = " ".join(verdict(runs).warnings)
+    assert "epochs" in warnings and "seed" in warnings
+
+
+def test_nothing_recorded_yet():
+    judged = verdict([DemoRun("new", config(), iteration_count=0, status="running")])
+    assert "no iteration is recorded yet" in judged.sentences[0].text
+
+
+def test_no_deaths():
+    judged = verdict([DemoRun("alive", config(), mortality=0, iteration_count=100)])
+    assert "none of 4,800 filters died in 100 iterations" in judged.sentences[0].text
+    assert judged.claims[-1].judgement == "cannot tell"
+
+
+# Text and charts
+
+
+def test_labels_tell_the_runs_apart():
+    runs = [
+        DemoRun("a", config()),
+        DemoRun("b", config("pgt")),
+        DemoRun("c", config("pgt", seed=1)),
+    ]
+    labels = text.run_labels(runs)
+    assert len(set(labels)) == 3
+    assert text.run_labels([runs[0], runs[0]]) == ["a #1", "a #2"]
+
+
+def test_islands_cannot_end_their_element():
+    assert text.json_island({"a": "</script>&\u2028", "b": math.nan}) == (
+        '{"a":"\\u003c/script\\u003e\\u0026\\u2028","b":null}'
+    )
+
+
+def test_printable_keeps_one_line_without_controls():
+    assert text.printable("a\nb\u202ec\x00") == "a�b�c�"
+    assert len(text.printable("x" * 500)) == text.MAX_LABEL
+
+
+def test_long_series_become_few_medians():
+    curve = figures.bucketed(pd.Series(np.arange(10_000.0)), 100)
+    assert len(curve) == 100
+    assert curve.iloc[0] == pytest.approx(49.5)
+    assert curve.index[0] in (49, 50)
+
+
+def test_clipping_is_shown_only_where_something_clips(pair):
+    assert figures.clipping(pair) is None
+    assert figures.clipping_by_layer(pair) is None
+    clipped = summarise(
+        [DemoRun("g", config("gc"), 0, 300, 10), DemoRun("c", config("agc"), 0, 300, 10)]
+    )
+    assert figures.clipping(clipped) is not None
+    assert len(figures.clipping_by_layer(clipped).data) == 1
+    assert figures.agc_activity(clipped[1])["clipped"].between(0, 100).all()

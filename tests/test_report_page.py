@@ -1,0 +1,168 @@
+"""The page as text: complete, within its budgets, and made for every kind of run."""
+
+import json
+import re
+import time
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+import plotly.offline
+import pytest
+
+from pgt_diag.config import RunConfig
+from reports.demo import DemoRun, demo_runs
+from reports.exports import export_table2
+from reports.page import build_page
+
+TINY = (("conv1", 4), ("layer1.0.conv1", 6), ("layer1.0.conv2", 6))
+
+
+def config(method="baseline", **values):
+    plain = {"method": method, "epochs": 3, "warmup_epochs": 0}
+    return RunConfig.from_mapping(plain | values)
+
+
+def tiny(name="tiny", method="baseline", **options):
+    options = {"iteration_count": 60, "record_every": 6, "shape": TINY} | options
+    return DemoRun(name, config(method), **options)
+
+
+def broken_values():
+    run = tiny("broken", mortality=0.5)
+    iterations = run.iterations.copy()
+    iterations.loc[:, ["lr", "grad_norm", "loss"]] = np.nan
+    run.__dict__["iterations"] = iterations
+    metrics = run.metrics.copy()
+    metrics[["test_accuracy", "train_loss"]] = np.nan
+    run.__dict__["metrics"] = metrics
+    return run
+
+
+CASES = {
+    "no runs": [],
+    "one": [tiny()],
+    "nothing recorded": [tiny(iteration_count=0, status="running")],
+    "one iteration": [tiny(iteration_count=1)],
+    "running": [tiny(status="running")],
+    "diverged": [tiny(status="diverged", extra={"message": "loss is NaN at iteration 59"})],
+    "without configuration": [DemoRun("own", None, iteration_count=30, shape=TINY)],
+    "without metrics": [tiny()],
+    "no layers": [DemoRun("linear", None, iteration_count=30, shape=())],
+    "different networks": [tiny(), tiny("b", shape=(("features.0", 3),)), demo_runs(50, 5)[0]],
+    "zero deaths": [tiny(mortality=0.0)],
+    "all dead": [tiny(mortality=9.0)],
+    "NaN": [broken_values()],
+    "clipping": [tiny(method="gc"), tiny("a", "agc"), tiny("c", "agc+pgt")],
+    "twenty": [tiny(f"run {i}", ("baseline", "pgt")[i % 2], seed=i) for i in range(20)],
+}
+CASES["without metrics"][0].__dict__["metrics"] = pd.DataFrame()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_run_makes_a_page(case):
+    page = build_page(CASES[case])
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+    for island in re.findall(
+        r'<script type="application/json" id="[^"]+">(.*?)</script>', page, re.S
+    ):
+        json.loads(island, parse_constant=pytest.fail)
+
+
+def test_the_page_forbids_requests_and_names_no_other_file():
+    page = build_page([tiny()])
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page)[1]
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "script-src 'unsafe-inline'",
+        "style-src 'unsafe-inline'",
+        "img-src data: blob:",
+    ]
+    assert not re.findall(r'<link|<script[^>]* src|<img[^>]* src="(?!data:)|@import|url\(', page)
+
+
+def test_the_title_is_escaped():
+    page = build_page([tiny()], title="<b>&\"'")
+    assert "<title>&lt;b&gt;&amp;&#34;&#39;</title>" in page
+
+
+def test_made_up_runs_are_called_so():
+    assert "This report is made up" in build_page([tiny()])
+
+
+def test_layers_can_be_chosen_by_name():
+    page = build_page([tiny()], layers=["layer1.0.conv1"])
+    assert "layer 1 filters · layer1.0.conv1" in page
+
+
+def test_unfinished_runs_say_so_first():
+    page = build_page([tiny(status="interrupted")])
+    assert "was interrupted" in page[page.index("<main>") : page.index('id="fig3"')]
+
+
+def test_budgets():
+    """Issue 3: 4 MB for Figs. 3 and 4 and Table 2, 8 MB with all layers; a smoke run in 5 s."""
+    runs = demo_runs(iteration_count=36_000, record_every=24)
+    assert len(runs[0].weight_norms("conv1")) == 1500
+    assert len(build_page(runs, other_layers=False).encode()) <= 4e6
+    assert len(build_page(runs).encode()) <= 8e6
+    start = time.process_time()
+    build_page(demo_runs(iteration_count=200, record_every=1)[:1])
+    assert time.process_time() - start <= 5
+
+
+def test_the_vendored_bundle_is_the_plotly_in_use():
+    bundle = (files("reports") / "static" / "plotly-basic.min.js").read_text(encoding="utf-8")
+    version = re.search(r"plotly\.js \(basic - minified\) v([\d.]+)", bundle)[1]
+    assert version == plotly.offline.get_plotlyjs_version()
+    licence = (files("reports") / "static" / "plotly-basic.LICENSE.txt").read_text()
+    assert "MIT License" in licence and "Plotly" in licence
+
+
+def test_scripts_cannot_end_their_own_element():
+    for name in ("lines.js", "theme.js", "panels.js", "report.js", "report.css"):
+        text = (files("reports") / "static" / name).read_text(encoding="utf-8")
+        assert "</script" not in text and "</style" not in text and "<!--" not in text
+
+
+def test_table2_exports():
+    runs = [tiny(), tiny("p", "pgt", seed=1)]
+    records = json.loads(export_table2(runs, "json"))
+    assert records[0]["method"] == "baseline" and records[0]["runs"] == 1
+    assert records[-1]["note"] == "not run" and records[-1]["train_accuracy"] is None
+    csv = export_table2(runs, "csv").splitlines()
+    assert csv[0].startswith("setting,batch_size,method,alpha,runs") and len(csv) == 11
+    latex = export_table2(runs, "latex")
+    assert latex.count(r"\\") >= 3 and r"\textcolor{blue}{\textbf{" in latex
+    hostile = DemoRun("50%_&$#{}~^\\", None, iteration_count=12, shape=TINY)
+    assert r"50\%\_\&\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in (
+        export_table2([hostile], "latex")
+    )
+
+
+def test_a_recorded_run_makes_a_page(tmp_path):
+    """The seam to the engine: what a recorder wrote, read back, is what pages are made from."""
+    torch = pytest.importorskip("torch")
+    import pgt_diag
+
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 2),
+    )  # fmt: skip
+    with torch.no_grad():
+        # Filter 2 is silent from the start, on whatever image, and the others never are.
+        model[0].weight.abs_()
+        model[0].bias.fill_(0.5)
+        model[0].weight[2] = 0
+        model[0].bias[2] = -1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with pgt_diag.FilterRecorder(model, tmp_path / "mine", optimizer=optimizer):
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = model(torch.rand(2, 1, 8, 8)).square().mean()
+            loss.backward()
+            optimizer.step()
+    page = build_page([pgt_diag.load_run(tmp_path / "mine")])
+    text = re.sub(r"<[^>]+>", "", page[page.index("<main>") : page.index("</main>")])
+    assert "1 of 4 filters (25.0 %) are dead after 30 iterations" in text
+    assert "The first death: 0 (layer 0), filter 2, at iteration 0." in text
