@@ -102,7 +102,7 @@ def train(
     min_lr: float = _option("min_lr", "Learning rate at the end.", OPTIMIZATION),
     seed: int = _option("seed", "Seed of weights, order and augmentation.", RUN),
     device: Device = _option("device", "Where to train.", RUN),
-    amp: Amp = _option("amp", "Mixed precision; auto is bf16 on a GPU.", RUN),
+    amp: Amp = _option("amp", "Mixed precision on a GPU; auto is bf16 there.", RUN),
     threads: int | None = _option("threads", "CPU threads; by default torch's choice.", RUN),
     run_dir: Path | None = typer.Option(
         None, help="Directory of the run; by default runs/NAME.", rich_help_panel=RUN

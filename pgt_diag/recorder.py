@@ -15,12 +15,12 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from pgt_diag.activations import ActivationFinder, Call, Tap, convolutions
+from pgt_diag.activations import Tap, convolutions
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
-from pgt_diag.reductions import Reading, filter_norms, read_map, read_map_and_gap
+from pgt_diag.observer import MapObserver
+from pgt_diag.reductions import filter_norms
 from pgt_diag.ring import Ring, RowLayout
 from pgt_diag.run import Layer, RunDirectory
 from pgt_diag.writer import SCALARS, TraceEncoder, WriterThread, layer_slices
@@ -82,20 +82,17 @@ class FilterRecorder:
         force: bool = False,
     ) -> None:
         self.model = model
-        self._modules = dict(model.named_modules())
         self._convolutions = convolutions(model)
         if not self._convolutions:
             raise ConfigurationError(f"{type(model).__name__} has no convolution to record")
-        self._check_names(self._convolutions, taps or ())
-        self._check_names(self._modules, [*(taps or {}).values(), *filter(None, [gap_module])])
+        modules = dict(model.named_modules())
+        _check_names("convolution", self._convolutions, taps or ())
+        _check_names("module", modules, [*(taps or {}).values(), *filter(None, [gap_module])])
         weights = [module.weight for module in self._convolutions.values()]
         self._device = weights[0].device
         self._layers = layer_slices(
             list(self._convolutions), [weight.shape[0] for weight in weights]
         )
-        self._named_taps = taps or {}
-        self._gap_module = gap_module
-        self._optimizer = optimizer
         self._min_spell, self._record_every = min_spell, record_every
         self._ratios = (collapsed_ratio, zeroed_ratio)
         self._stop_when_diverged = stop_when_diverged
@@ -111,23 +108,20 @@ class FilterRecorder:
         self._initial_norms = torch.empty(self._layers.offsets[-1], device=self._device)
         self._write_weight_norms(self._initial_norms)
         self._convolution_ids = {id(weight) for weight in weights}
+        self._slices = dict(self._layers)
 
-        self._handles: list[RemovableHandle] = []
-        self._tap_handles: list[RemovableHandle] = []
-        self._finder: ActivationFinder | None = None
-        self._calls: dict[tuple[str, str], int] = {}
-        self._capture: tuple[int, list[Tensor]] | None = None
-        self._recording = False
-        self._seen_forward = False
         self._ring: Ring | None = None
         self._writer: WriterThread | None = None
         self._handed_over = time.monotonic()
         self._steps = 0
         self._told: dict[str, Any] = {}
-        self.seconds = 0.0
-        """Time that recording has taken on the training thread, seconds."""
+        self._seconds = 0.0
         self._started = time.perf_counter()
-        self._attach()
+        self._observer = MapObserver(model, self, named_taps=taps or {}, gap_module=gap_module)
+        self._step_handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     # What a training loop calls
 
@@ -150,6 +144,11 @@ class FilterRecorder:
     def path(self) -> Path:
         """The run directory."""
         return self._directory.path
+
+    @property
+    def seconds(self) -> float:
+        """Time that recording has taken on the training thread, seconds."""
+        return self._seconds + self._observer.seconds
 
     @property
     def steps(self) -> int:
@@ -217,27 +216,11 @@ class FilterRecorder:
         originals: (n, 3, H, W) uint8, to be shown beside the maps.
         """
         began = time.perf_counter()
-        captured: list[Tensor] = []
-        training = self.model.training
-        self.model.eval()
-        self._capture = (layer, captured)
-        try:
-            images = images.to(self._device)
-            if self._ring is None:
-                # The first forward pass of all finds the taps, from its autograd graph.
-                with torch.enable_grad():
-                    self.model(images)
-            captured.clear()
-            with torch.no_grad():
-                self.model(images)
-        finally:
-            self._capture = None
-            self.model.train(training)
+        name = self._layers.names[layer]
+        maps = self._observer.capture(name, images.to(self._device))
         self.flush()
-        self._directory.write_feature_maps(
-            self.iterations, self._layers.names[layer], captured[0], originals, list(labels)
-        )
-        self.seconds += time.perf_counter() - began
+        self._directory.write_feature_maps(self.iterations, name, maps, originals, list(labels))
+        self._seconds += time.perf_counter() - began
 
     def flush(self) -> None:
         """Wait until every iteration so far is on disk, to be read from the run directory."""
@@ -247,9 +230,12 @@ class FilterRecorder:
 
     def close(self, status: Status = "finished", message: str | None = None) -> None:
         """Take the hooks off, write everything, seal the run; further calls do nothing."""
-        if not self._handles:
+        if not self._step_handles:
             return
-        self._detach()
+        self._observer.close()
+        for handle in self._step_handles:
+            handle.remove()
+        self._step_handles = []
         try:
             self._hand_over()
             if self._writer is not None:
@@ -260,105 +246,39 @@ class FilterRecorder:
         self._directory.update({"overhead": self._overhead()})
         self._directory.finish(status, message)
 
-    # Hooks
+    # What the observer's and the optimizer's hooks call
 
-    def _attach(self) -> None:
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward),
-            self.model.register_forward_hook(self._after_forward),
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
-
-    def _detach(self) -> None:
-        if self._finder is not None:
-            self._finder.stop()
-        for handle in [*self._handles, *self._tap_handles]:
-            handle.remove()
-        self._handles, self._tap_handles = [], []
-
-    def _before_forward(self, model: nn.Module, _: tuple[Any, ...]) -> None:
-        self._recording = model.training and torch.is_grad_enabled()
-        self._calls.clear()
-        if self._ring is None and torch.is_grad_enabled():
-            if self._finder is not None:
-                self._finder.stop()  # the forward pass before this one raised an error
-            self._first_maps = _FirstMaps()
-            self._finder = ActivationFinder(model, self._first_maps.see)
-            self._finder.start()
-
-    def _after_forward(self, *_: object) -> None:
-        if self._finder is not None:
-            finder, self._finder = self._finder, None
-            finder.stop()
-            self._start(finder.taps())
-        self._seen_forward |= self._recording
-        self._recording = False
-
-    def _start(self, taps: dict[str, tuple[Tap, ...]]) -> None:
-        """Put hooks where the first forward pass showed the maps, and open the run."""
-        for name, module in self._named_taps.items():
-            taps[name] = (Tap(Call(module, 0, "output"), "peak"),)
-        self._taps = taps
-        slices = dict(self._layers)
-        readers: dict[Call, dict[Reading, list[slice]]] = {}
-        for name, places in taps.items():
-            for tap in places:
-                readers.setdefault(tap.where, {}).setdefault(tap.reading, []).append(slices[name])
-        self._readers = readers
-        self._gap_tap = self._choose_gap_tap(taps)
-
-        self._check_taps()
-        gap = self._first_maps.gap[self._gap_tap.where][self._gap_tap.reading]
+    def begin(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap, gap_features: int) -> None:
+        """Open the run, now that the first forward pass has shown the maps (MapSink)."""
         self._ring = Ring(
-            RowLayout.of(self._layers.offsets[-1], len(gap)),
+            RowLayout.of(self._layers.offsets[-1], gap_features),
             self._device,
-            unseen=[part for name, part in slices.items() if name not in taps],
+            unseen=[part for name, part in self._layers if name not in taps],
         )
+        self._open_run(taps, gap_tap)
 
-        for module, side in {(call.module, call.side) for call in [*readers, self._gap_tap.where]}:
-            self._hook(module, side)
-        self._open_run()
-        if self._recording:
-            for call, maps in self._first_maps.maps.items():
-                self._add(call, maps, self._first_maps.gap[call][self._gap_tap.reading])
-        del self._first_maps
+    def add_activity(self, layer: str, activity: Tensor) -> None:
+        """Add to the coming step's row: several batches make up one iteration (MapSink)."""
+        assert self._ring is not None
+        self._ring.row[self._ring.layout.activity][self._slices[layer]] += activity
 
-    def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]]) -> Tap:
-        if self._gap_module is not None:
-            return Tap(Call(self._gap_module, 0, "output"), "peak")
-        last = next(name for name in reversed(self._convolutions) if name in taps)
-        return taps[last][-1]
+    def add_gap(self, squares: Tensor) -> None:
+        """Add to the coming step's row (MapSink)."""
+        assert self._ring is not None
+        self._ring.row[self._ring.layout.gap] += squares
 
-    def _check_taps(self) -> None:
-        """Raise ConfigurationError for a module named by hand that shows no fitting map."""
-        seen = self._first_maps.maps
-        for name in filter(None, [self._gap_module, *self._named_taps.values()]):
-            if Call(name, 0, "output") not in seen:
-                raise ConfigurationError(
-                    f"module '{name}' gave no map (N, C, ...) in the first forward pass"
-                )
-        for name, module in self._named_taps.items():
-            channels = len(seen[Call(module, 0, "output")]["peak"])
-            filters = self._convolutions[name].out_channels
-            if channels != filters:
-                raise ConfigurationError(
-                    f"module '{module}' has {channels} channels, and {name} has {filters} filters"
-                )
-
-    def _open_run(self) -> None:
+    def _open_run(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap) -> None:
         layers = [
             Layer(
                 name=name,
                 index=index,
                 filters=module.weight.shape[0],
                 weight_shape=tuple(module.weight.shape),
-                activation="; ".join(map(str, self._taps.get(name, ())))
-                or "not in the forward pass",
+                activation="; ".join(map(str, taps.get(name, ()))) or "not in the forward pass",
             )
             for index, (name, module) in enumerate(self._convolutions.items())
         ]
-        self._directory.start({**self._info, "gap_source": str(self._gap_tap)}, layers)
+        self._directory.start({**self._info, "gap_source": str(gap_tap)}, layers)
         encoder = TraceEncoder(
             self._directory.path,
             self._layers,
@@ -370,59 +290,9 @@ class FilterRecorder:
         )
         self._writer = WriterThread(encoder)
 
-    def _hook(self, name: str, side: str) -> None:
-        module = self._modules[name]
-
-        def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            self._on_map(Call(name, self._count(name, "output"), "output"), output)
-
-        def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._on_map(Call(name, self._count(name, "input"), "input"), inputs[0])
-
-        self._tap_handles.append(
-            module.register_forward_hook(on_output)
-            if side == "output"
-            else module.register_forward_pre_hook(on_input)
-        )
-
-    def _count(self, module: str, side: str) -> int:
-        key = (module, side)
-        self._calls[key] = self._calls.get(key, -1) + 1
-        return self._calls[key]
-
-    @torch.no_grad()
-    def _on_map(self, call: Call, values: Tensor) -> None:
-        if self._capture is not None:
-            layer, captured = self._capture
-            tap = self._taps[self._layers.names[layer]][0]
-            if tap.where == call:
-                shown = values.clamp_min(0) if tap.reading == "positive" else values
-                captured.append(shown.detach().clone())
-        if not self._recording:
-            return
-        began = time.perf_counter()
-        maps: dict[Reading, Tensor] = {}
-        gap = None
-        for reading in self._readers.get(call, ()):
-            maps[reading] = read_map(values, reading)
-        if call == self._gap_tap.where:
-            maps[self._gap_tap.reading], gap = read_map_and_gap(values, self._gap_tap.reading)
-        self._add(call, maps, gap)
-        self.seconds += time.perf_counter() - began
-
-    def _add(self, call: Call, maps: dict[Reading, Tensor], gap: Tensor | None) -> None:
-        """Add a call's maps to the coming step's row: several batches make up one iteration."""
-        assert self._ring is not None
-        row, layout = self._ring.row, self._ring.layout
-        for reading, parts in self._readers.get(call, {}).items():
-            for part in parts:
-                row[layout.activity][part] += maps[reading]
-        if call == self._gap_tap.where and gap is not None:
-            row[layout.gap] += gap
-
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._seen_forward:
+        if not self._observer.take_training_pass():
             raise RecorderError(
                 f"step {self._steps}: no training forward pass of {type(self.model).__name__} came "
                 "before optimizer.step(); give FilterRecorder the module whose forward you call"
@@ -433,26 +303,10 @@ class FilterRecorder:
         scale = getattr(optimizer, "grad_scale", None)
         self._write_gradient_norms(row[layout.gradient_norms], scale)
         scalars = row[layout.scalars]
-        others = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None and id(parameter) not in self._convolution_ids
-        ]
-        # Unknown norms (NaN) are of layers without a gradient; a NaN gradient must show.
-        known = [
-            row[layout.gradient_norms][part]
-            for name, part in self._layers
-            if self._convolutions[name].weight.grad is not None
-        ]
-        rest = torch.nn.utils.get_total_norm(others).to(self._device, torch.float32)
-        grad_norm = torch.linalg.vector_norm(
-            torch.cat([*known, (rest / scale if scale is not None else rest).reshape(1)])
-        )
         told = {
             **self._told,
             "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": grad_norm,
+            "grad_norm": self._global_gradient_norm(row[layout.gradient_norms], optimizer, scale),
         }
         for index, name in enumerate(SCALARS):
             if name in told:
@@ -465,18 +319,17 @@ class FilterRecorder:
             # A fused optimizer skips the step on the device: only the writer learns of it.
             row[layout.skipped] = found_inf
         self._told = {}
-        self.seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         began = time.perf_counter()
         assert self._ring is not None
         self._write_weight_norms(self._ring.row[self._ring.layout.weight_norms])
-        self._seen_forward = False
         self._steps += 1
         if self._ring.advance() or time.monotonic() - self._handed_over > _HANDOVER_SECONDS:
             self._hand_over()
-        self.seconds += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
 
     # Measurements
 
@@ -492,6 +345,28 @@ class FilterRecorder:
         if scale is not None:
             out /= scale
 
+    def _global_gradient_norm(
+        self, filter_norms: Tensor, optimizer: torch.optim.Optimizer, scale: Tensor | None
+    ) -> Tensor:
+        """Return the L2 norm of all gradients, from the filters' norms and the other parameters."""
+        # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
+        norms = [
+            filter_norms[part]
+            for name, part in self._layers
+            if self._convolutions[name].weight.grad is not None
+        ]
+        others = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and id(parameter) not in self._convolution_ids
+        ]
+        if others:
+            rest = torch.nn.utils.get_total_norm(others).to(self._device, torch.float32)
+            norms.append((rest / scale if scale is not None else rest).reshape(1))
+        total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
+        return total
+
     def _hand_over(self) -> None:
         """Give the finished rows to the writer, and go on in the other half of the ring."""
         if self._ring is None or self._writer is None:
@@ -506,25 +381,10 @@ class FilterRecorder:
             "training_seconds": time.perf_counter() - self._started,
         }
 
-    def _check_names(self, known: Iterable[str], names: Iterable[str]) -> None:
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean '{near[0]}'?" if near else ""
-                kind = "convolution" if known is self._convolutions else "module"
-                raise ConfigurationError(f"the model has no {kind} '{name}'{hint}")
 
-
-class _FirstMaps:
-    """What the first forward pass showed, at every call: the taps are known only after it."""
-
-    def __init__(self) -> None:
-        self.maps: dict[Call, dict[Reading, Tensor]] = {}
-        self.gap: dict[Call, dict[Reading, Tensor]] = {}
-
-    @torch.no_grad()
-    def see(self, call: Call, values: Tensor) -> None:
-        readings: tuple[Reading, ...] = ("sum", "peak", "positive")
-        both = {reading: read_map_and_gap(values, reading) for reading in readings}
-        self.maps[call] = {reading: maps for reading, (maps, _) in both.items()}
-        self.gap[call] = {reading: gap for reading, (_, gap) in both.items()}
+def _check_names(kind: str, known: Iterable[str], names: Iterable[str]) -> None:
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigurationError(f"the model has no {kind} '{name}'{hint}")

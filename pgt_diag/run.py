@@ -239,10 +239,20 @@ class Run:
         }
         return pd.DataFrame(columns).set_index("iteration")
 
+    @cached_property
+    def latest(self) -> dict[str, Any]:
+        """The newest iteration on disk, from the newest part alone: `iteration` and SCALARS.
+
+        Empty before the first.
+        """
+        folder = self.path / trace.ITERATIONS_FOLDER
+        rows = trace.read_newest_part(folder, ["iteration", *SCALARS])
+        return {} if not rows.num_rows else rows.slice(rows.num_rows - 1).to_pylist()[0]
+
     @property
     def iteration_count(self) -> int:
         """How many iterations are on disk."""
-        return len(self.iterations)
+        return self.latest["iteration"] + 1 if self.latest else 0
 
     def state_counts(self, kind: str) -> "pd.DataFrame":
         """Return how many filters of each layer (columns) were in a state at every iteration.

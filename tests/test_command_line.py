@@ -83,7 +83,7 @@ def test_options_override_the_file_which_overrides_the_preset(tmp_path: Path) ->
     )
     config = json.loads(result.stdout)["plan"]["config"]
     assert (config["epochs"], config["lr"], config["method"]) == (9, 0.125, "agc")
-    assert config["warmup_epochs"] == 5.0
+    assert config["warmup_epochs"] == 4.0
 
 
 def test_control_c_keeps_what_was_recorded_and_says_where(tmp_path: Path) -> None:

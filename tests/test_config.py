@@ -25,6 +25,7 @@ from pgt_diag.errors import ConfigurationError
         ({"warmup_epochs": 9, "epochs": 3}, "warmup_epochs is 9.0, more than the run's 3 epochs"),
         ({"step_epochs": [60, 30]}, "step_epochs is .* increase"),
         ({"step_epochs": "30"}, "step_epochs is '30'; it must be a list of integers"),
+        ({"device": "cpu", "amp": "bf16"}, "bf16 needs a GPU"),
         ({"momentum": 0.0}, "nesterov is on and momentum is 0"),
     ],
 )

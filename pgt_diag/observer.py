@@ -1,0 +1,213 @@
+"""Reads every convolution's post-activation map in each training forward pass.
+
+Which module's call shows that map is found in the first forward pass; from then on there are
+hooks at those calls only. They reduce a map at once and keep no tensor.
+"""
+
+import time
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pgt_diag.activations import ActivationFinder, Call, Tap, convolutions
+from pgt_diag.errors import ConfigurationError
+from pgt_diag.reductions import Reading, read_map, read_map_and_gap
+
+
+class MapSink(Protocol):
+    """Who gets what the observer reads. All tensors are float32, on the model's device."""
+
+    def begin(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap, gap_features: int) -> None:
+        """Take where each convolution is read; once, before anything is added."""
+
+    def add_activity(self, layer: str, activity: Tensor) -> None:
+        """Add (filters,) activity, 0 where the channel was silent in one call of the layer."""
+
+    def add_gap(self, squares: Tensor) -> None:
+        """Add the squares of the GAP features, (features,), summed over the batch."""
+
+
+class MapObserver:
+    """Hooks of one model; `sink` gets the reductions.
+
+    named_taps: module names by convolution, where the user names the map; gap_module: likewise.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sink: MapSink,
+        *,
+        named_taps: dict[str, str],
+        gap_module: str | None,
+    ) -> None:
+        self.ready = False
+        """Whether the first forward pass has been seen."""
+        self.seconds = 0.0
+        """Time taken so far, seconds."""
+        self._model = model
+        self._sink = sink
+        self._named_taps = named_taps
+        self._gap_module = gap_module
+        self._training_pass = False
+        self._seen_training_pass = False
+        self._finder: ActivationFinder | None = None
+        self._calls: dict[tuple[str, str], int] = {}
+        self._capture: tuple[Tap, list[Tensor]] | None = None
+        self._taps: dict[str, tuple[Tap, ...]] = {}
+        self._readers: dict[Call, dict[Reading, list[str]]] = {}
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward),
+            model.register_forward_hook(self._after_forward),
+        ]
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        if self._finder is not None:
+            self._finder.stop()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take_training_pass(self) -> bool:
+        """Return whether a training forward pass was seen since the last call."""
+        seen, self._seen_training_pass = self._seen_training_pass, False
+        return seen
+
+    def capture(self, layer: str, images: Tensor) -> Tensor:
+        """Return the map of a convolution for these images, in eval mode and without gradient."""
+        training = self._model.training
+        self._model.eval()
+        try:
+            if not self.ready:
+                # The first forward pass of all finds the taps, from its autograd graph.
+                with torch.enable_grad():
+                    self._model(images)
+            captured: list[Tensor] = []
+            self._capture = (self._taps[layer][0], captured)
+            with torch.no_grad():
+                self._model(images)
+        finally:
+            self._capture = None
+            self._model.train(training)
+        return captured[0]
+
+    def _before_forward(self, model: nn.Module, _: tuple[Any, ...]) -> None:
+        self._training_pass = model.training and torch.is_grad_enabled()
+        self._calls.clear()
+        if not self.ready and torch.is_grad_enabled():
+            if self._finder is not None:
+                self._finder.stop()  # the forward pass before this one raised an error
+            self._first_maps = _FirstMaps()
+            self._finder = ActivationFinder(model, self._first_maps.see)
+            self._finder.start()
+
+    def _after_forward(self, *_: object) -> None:
+        if self._finder is not None:
+            finder, self._finder = self._finder, None
+            finder.stop()
+            self._start(finder.taps())
+        self._seen_training_pass |= self._training_pass
+        self._training_pass = False
+
+    def _start(self, taps: dict[str, tuple[Tap, ...]]) -> None:
+        """Put hooks where the first forward pass showed the maps, and add what it showed."""
+        first, self._first_maps = self._first_maps, _FirstMaps()
+        for name, module in self._named_taps.items():
+            taps[name] = (Tap(Call(module, 0, "output"), "peak"),)
+        self._check_named(first)
+        self._taps = taps
+        for name, places in taps.items():
+            for tap in places:
+                self._readers.setdefault(tap.where, {}).setdefault(tap.reading, []).append(name)
+        self._gap_tap = self._choose_gap_tap(taps)
+        gap = first.gap[self._gap_tap.where][self._gap_tap.reading]
+        for module, side in {(c.module, c.side) for c in [*self._readers, self._gap_tap.where]}:
+            self._hook(module, side)
+        self._sink.begin(taps, self._gap_tap, len(gap))
+        self.ready = True
+        if self._training_pass:
+            for call in self._readers:
+                self._add(call, first.maps[call])
+            self._sink.add_gap(gap)
+
+    def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]]) -> Tap:
+        if self._gap_module is not None:
+            return Tap(Call(self._gap_module, 0, "output"), "peak")
+        last = next(name for name in reversed(convolutions(self._model)) if name in taps)
+        return taps[last][-1]
+
+    def _check_named(self, first: "_FirstMaps") -> None:
+        """Raise ConfigurationError for a module named by hand that shows no fitting map."""
+        for name in filter(None, [self._gap_module, *self._named_taps.values()]):
+            if Call(name, 0, "output") not in first.maps:
+                raise ConfigurationError(
+                    f"module '{name}' gave no map (N, C, ...) in the first forward pass"
+                )
+        for name, module in self._named_taps.items():
+            channels = len(first.maps[Call(module, 0, "output")]["peak"])
+            filters = convolutions(self._model)[name].out_channels
+            if channels != filters:
+                raise ConfigurationError(
+                    f"module '{module}' has {channels} channels, and {name} has {filters} filters"
+                )
+
+    def _hook(self, name: str, side: str) -> None:
+        module = self._model.get_submodule(name)
+
+        def on_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            self._on_map(Call(name, self._count(name, "output"), "output"), output)
+
+        def on_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._on_map(Call(name, self._count(name, "input"), "input"), inputs[0])
+
+        self._handles.append(
+            module.register_forward_hook(on_output)
+            if side == "output"
+            else module.register_forward_pre_hook(on_input)
+        )
+
+    def _count(self, module: str, side: str) -> int:
+        key = (module, side)
+        self._calls[key] = self._calls.get(key, -1) + 1
+        return self._calls[key]
+
+    @torch.no_grad()
+    def _on_map(self, call: Call, values: Tensor) -> None:
+        if self._capture is not None and self._capture[0].where == call:
+            tap, captured = self._capture
+            shown = values.clamp_min(0) if tap.reading == "positive" else values
+            captured.append(shown.detach().clone())
+        if not self._training_pass:
+            return
+        began = time.perf_counter()
+        maps: dict[Reading, Tensor] = {}
+        if call == self._gap_tap.where:
+            maps[self._gap_tap.reading], gap = read_map_and_gap(values, self._gap_tap.reading)
+            self._sink.add_gap(gap)
+        for reading in self._readers.get(call, ()):
+            if reading not in maps:
+                maps[reading] = read_map(values, reading)
+        self._add(call, maps)
+        self.seconds += time.perf_counter() - began
+
+    def _add(self, call: Call, maps: dict[Reading, Tensor]) -> None:
+        for reading, layers in self._readers.get(call, {}).items():
+            for layer in layers:
+                self._sink.add_activity(layer, maps[reading])
+
+
+class _FirstMaps:
+    """What the first forward pass showed, at every call: the taps are known only after it."""
+
+    def __init__(self) -> None:
+        self.maps: dict[Call, dict[Reading, Tensor]] = {}
+        self.gap: dict[Call, dict[Reading, Tensor]] = {}
+
+    @torch.no_grad()
+    def see(self, call: Call, values: Tensor) -> None:
+        readings: tuple[Reading, ...] = ("sum", "peak", "positive")
+        both = {reading: read_map_and_gap(values, reading) for reading in readings}
+        self.maps[call] = {reading: maps for reading, (maps, _) in both.items()}
+        self.gap[call] = {reading: gap for reading, (_, gap) in both.items()}
