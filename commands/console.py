@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from pgt_diag.config import Preset
-from pgt_diag.training import Listener, Plan
-from pgt_diag.training import Progress as TrainingProgress
+from pgt_diag.progress import Listener, Plan
+from pgt_diag.progress import Progress as TrainingProgress
 
 _LINE_SECONDS = 10.0
 

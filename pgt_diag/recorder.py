@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from pgt_diag.activations import Tap, convolutions
+from pgt_diag.encoder import SCALARS, TraceEncoder, layer_slices
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver
 from pgt_diag.reductions import filter_norms
 from pgt_diag.ring import Ring, RowLayout
 from pgt_diag.run import Layer, RunDirectory
-from pgt_diag.writer import SCALARS, TraceEncoder, WriterThread, layer_slices
+from pgt_diag.writer import WriterThread
 
 _HANDOVER_SECONDS = 1.0
 Status = Literal["finished", "interrupted", "diverged", "failed"]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgt_diag.writer import SCALARS, Block
+from pgt_diag.encoder import SCALARS, Block
 
 HALF = 32
 """Rows in half a ring."""

@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 
 from pgt_diag import trace
 from pgt_diag.config import RunConfig
+from pgt_diag.encoder import SCALARS, resolve_events
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.filters import EVENT_KINDS
-from pgt_diag.writer import SCALARS, resolve_events
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -246,8 +246,10 @@ class Run:
         Empty before the first.
         """
         folder = self.path / trace.ITERATIONS_FOLDER
-        rows = trace.read_newest_part(folder, ["iteration", *SCALARS])
-        return {} if not rows.num_rows else rows.slice(rows.num_rows - 1).to_pylist()[0]
+        for part in trace.read_parts(folder, ["iteration", *SCALARS], newest=True):
+            for row in part.slice(part.num_rows - 1).to_pylist():
+                return dict(row)
+        return {}
 
     @property
     def iteration_count(self) -> int:

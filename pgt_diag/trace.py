@@ -128,14 +128,17 @@ def part_files(folder: Path) -> list[Path]:
     return chosen
 
 
-def read_parts(folder: Path, columns: Sequence[str] | None = None) -> list[pa.Table]:
-    """Read the parts of a table, in order; their columns may differ.
+def read_parts(
+    folder: Path, columns: Sequence[str] | None = None, *, newest: bool = False
+) -> list[pa.Table]:
+    """Read the parts of a table, in order, or only the newest one; their columns may differ.
 
     Raises RunDirectoryError, naming the file, when a part is damaged.
     """
     for attempt in range(_READ_ATTEMPTS):
         try:
-            return [read_table(path, columns) for path in part_files(folder)]
+            paths = part_files(folder)[-1:] if newest else part_files(folder)
+            return [read_table(path, columns) for path in paths]
         except FileNotFoundError:
             # The run goes on, and its writer has just merged a part away: look again.
             if attempt == _READ_ATTEMPTS - 1:

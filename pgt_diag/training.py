@@ -3,10 +3,8 @@
 import math
 import os
 import platform
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +18,14 @@ from pgt_diag.activations import convolutions
 from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import Amp, Device, RunConfig
 from pgt_diag.data import load_data
+from pgt_diag.encoder import STORED_ROWS
 from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.models import build_model
 from pgt_diag.powergrad import PowerGradCrossEntropyLoss
+from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.recorder import FilterRecorder, Status
 from pgt_diag.run import check_vacant
 from pgt_diag.schedules import learning_rate
-from pgt_diag.writer import STORED_ROWS
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is about to do."""
-
-    directory: Path
-    config: RunConfig
-    data: str
-    train_images: int
-    test_images: int
-    parameters: int
-    filters: int
-    device: str
-    amp: Amp
-    iterations: int
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands; loss and accuracy (percent) are a second or so old."""
-
-    epoch: int
-    iteration: int
-    loss: float
-    accuracy: float
-    images_per_second: float
-    seconds_left: float
-    dead_filters: int
-
-
-class Listener:
-    """Hears how training goes. The library prints nothing; override what you want to show."""
-
-    def started(self, plan: Plan) -> None:
-        """Before the first iteration."""
-
-    def iterated(self, progress: Progress) -> None:
-        """After every iteration."""
-
-    def finished_epoch(self, metrics: dict[str, Any]) -> None:
-        """After every epoch, with its row of metrics.csv."""
 
 
 def train(
@@ -270,7 +227,7 @@ class _Session:
 
     def _run_epochs(self, listener: Listener) -> None:
         snapshots = set(self._snapshot_iterations())
-        meter = _Meter(self.config.batch_size, self.data.batches_per_epoch, self.config.epochs)
+        meter = Meter(self.config.batch_size, self.data.batches_per_epoch, self.config.epochs)
         for epoch in range(self.config.epochs):
             sums = torch.zeros(2, device=self.device, dtype=torch.float64)
             meter.start_epoch(self.recorder.seconds)
@@ -387,51 +344,3 @@ class _Session:
         count = self.config.feature_map_snapshots
         shares = np.linspace(0, 1, count) ** 2 if count > 1 else np.ones(count)
         return [int(iteration) for iteration in np.unique((shares * self.iterations).round())]
-
-
-@dataclass(frozen=True)
-class _EpochMetrics:
-    loss: float
-    accuracy: float
-    seconds: float
-    images_per_second: float
-    recorder_seconds: float
-
-
-class _Meter:
-    """Times the epochs and foretells the end."""
-
-    def __init__(self, batch_size: int, batches_per_epoch: int, epochs: int) -> None:
-        self._batch_size = batch_size
-        self._images = batch_size * batches_per_epoch
-        self._iterations = batches_per_epoch * epochs
-        self._started = time.perf_counter()
-
-    def start_epoch(self, recorder_seconds: float) -> None:
-        self._epoch_started = time.perf_counter()
-        self._recorder_seconds = recorder_seconds
-
-    def progress(self, epoch: int, recorder: FilterRecorder) -> Progress:
-        done = recorder.steps
-        elapsed = time.perf_counter() - self._started
-        loss, accuracy = recorder.latest
-        return Progress(
-            epoch=epoch,
-            iteration=done,
-            loss=loss,
-            accuracy=accuracy,
-            images_per_second=done * self._batch_size / elapsed,
-            seconds_left=elapsed / done * (self._iterations - done),
-            dead_filters=recorder.dead_filters,
-        )
-
-    def finish_epoch(self, sums: Tensor, recorder: FilterRecorder) -> _EpochMetrics:
-        loss, correct = (sums / self._images).tolist()
-        seconds = time.perf_counter() - self._epoch_started
-        return _EpochMetrics(
-            loss=loss,
-            accuracy=100 * correct,
-            seconds=seconds,
-            images_per_second=self._images / seconds,
-            recorder_seconds=recorder.seconds - self._recorder_seconds,
-        )

@@ -208,7 +208,7 @@ def test_a_step_that_the_grad_scaler_skips_is_no_iteration(tmp_path: Path, fused
             scaler.step(optimizer)
             scaler.update()
             if step not in {0, 3}:
-                expected.append((norms64(gradient), norms64(model[0].weight), float(loss)))
+                expected.append((norms64(gradient), norms64(model[0].weight), loss.item()))
     run = pgt_diag.load_run(tmp_path / "run")
     assert run.iteration_count == 4
     np.testing.assert_allclose(run.gradient_norms("0"), [e[0] for e in expected], rtol=1e-5)

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pgt_diag.encoder import STORED_ROWS, stored_mask
 from pgt_diag.errors import RunDirectoryError
 from pgt_diag.trace import (
     ROW_GROUP,
@@ -18,7 +19,6 @@ from pgt_diag.trace import (
     read_table,
     write_table,
 )
-from pgt_diag.writer import STORED_ROWS, stored_mask
 
 
 def rows(first: int, count: int) -> pa.Table:

@@ -16,6 +16,7 @@ from pgt_diag.config import Amp, DatasetName, Device, Method, Norm, RunConfig
 from pgt_diag.data import load_data
 from pgt_diag.errors import ConfigurationError, DataError, DivergedError, RunDirectoryError
 from pgt_diag.models import build_model
+from pgt_diag.progress import Listener, Plan, Progress
 from pgt_diag.schedules import learning_rate
 
 TINY = {
@@ -181,8 +182,8 @@ def test_divergence_that_the_device_notices_late_records_nothing_after_it(
     assert np.isfinite(run.iterations["loss"]).all()
 
 
-class Interrupting(training.Listener):
-    def iterated(self, progress: training.Progress) -> None:
+class Interrupting(Listener):
+    def iterated(self, progress: Progress) -> None:
         if progress.iteration == 6:
             raise KeyboardInterrupt
 
@@ -196,15 +197,15 @@ def test_an_interrupted_run_keeps_every_iteration(tmp_path: Path) -> None:
 
 
 def test_progress_and_epochs_are_reported_to_the_listener(tmp_path: Path) -> None:
-    class Counting(training.Listener):
-        plan: training.Plan
-        iterations: list[training.Progress]
+    class Counting(Listener):
+        plan: Plan
+        iterations: list[Progress]
         epochs: list[dict[str, Any]]
 
-        def started(self, plan: training.Plan) -> None:
+        def started(self, plan: Plan) -> None:
             self.plan, self.iterations, self.epochs = plan, [], []
 
-        def iterated(self, progress: training.Progress) -> None:
+        def iterated(self, progress: Progress) -> None:
             self.iterations.append(progress)
 
         def finished_epoch(self, metrics: dict[str, Any]) -> None:

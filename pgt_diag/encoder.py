@@ -1,0 +1,323 @@
+"""From blocks of measurements to the tables of a run directory.
+
+Numbers the iterations, derives filter states and spells, and thins the norms to the stored rows
+with their windows' extremes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pgt_diag import trace
+from pgt_diag.filters import EVENT_KINDS, MIN_DEATH_WINDOW, SpellTracker, filter_states
+
+SCALARS = (
+    "loss",
+    "accuracy",
+    "lr",
+    "grad_norm",
+    "grad_norm_before_clip",
+    "clip_coefficient",
+)
+STORED_ROWS = 2048
+"""A thinned run stays at about this many stored rows of norms."""
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Measurements of T consecutive optimizer steps; F filters of all layers, G GAP features.
+
+    All float32: `weight_norms`, `gradient_norms`, `clip_factors` and `activity` are (T, F), `gap`
+    (T, G), `scalars` (T, len(SCALARS)). `skipped` (T,) bool marks steps that a GradScaler skipped.
+    """
+
+    weight_norms: Floats
+    gradient_norms: Floats
+    clip_factors: Floats
+    activity: Floats
+    gap: Floats
+    scalars: Floats
+    skipped: NDArray[np.bool_]
+
+    def rows(self, chosen: NDArray[np.bool_]) -> "Block":
+        """Return the block with only the chosen steps, (T,) bool."""
+        if chosen.all():
+            return self
+        return Block(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class LayerSlices:
+    """Where each layer's filters lie in a row: names, and offsets (L + 1,) into the F filters."""
+
+    names: tuple[str, ...]
+    offsets: tuple[int, ...]
+
+    def __iter__(self) -> Iterator[tuple[str, slice]]:
+        """Yield (name, slice) for each layer."""
+        for index, name in enumerate(self.names):
+            yield name, slice(self.offsets[index], self.offsets[index + 1])
+
+    def layer_of(self, filters: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the layer index of each flat filter index."""
+        return np.searchsorted(np.asarray(self.offsets), filters, side="right") - 1
+
+
+def stored_mask(iterations: NDArray[np.int64], record_every: int | None) -> NDArray[np.bool_]:
+    """Return which iterations' norms are stored: every `record_every`-th, from 0 on.
+
+    With None, for a run of unknown length: every one of the first 2·STORED_ROWS, and then every
+    k-th, with k doubling each time the run doubles.
+    """
+    step: NDArray[np.int64] | int = record_every or (
+        2 ** np.floor(np.log2(np.maximum(iterations / STORED_ROWS, 1))).astype(np.int64)
+    )
+    stored: NDArray[np.bool_] = iterations % step == 0
+    return stored
+
+
+@dataclass
+class _Windows:
+    """Thins one quantity to stored rows, keeping each window's minimum and maximum."""
+
+    low: Floats | None = None
+    high: Floats | None = None
+    rows: list[Floats] = field(default_factory=list)
+
+    def add(self, values: Floats, ends: NDArray[np.int64]) -> None:
+        """Take (T, W) values; `ends` are the positions of the stored rows among them."""
+        start = 0
+        for end in ends:
+            self._extend(values[start : end + 1])
+            self.rows.append(np.stack((values[end], self.low, self.high)))  # type: ignore[arg-type]
+            self.low = self.high = None
+            start = end + 1
+        if start < len(values):
+            self._extend(values[start:])
+
+    def _extend(self, values: Floats) -> None:
+        low, high = np.fmin.reduce(values), np.fmax.reduce(values)
+        self.low = low if self.low is None else np.fmin(self.low, low)
+        self.high = high if self.high is None else np.fmax(self.high, high)
+
+    def take(self) -> Floats:
+        """Return the stored rows so far, (rows, 3, W): value, minimum, maximum; and forget them."""
+        rows, self.rows = self.rows, []
+        return np.stack(rows)
+
+
+class TraceEncoder:
+    """Turns blocks into the tables of a run directory. Not thread-safe: one owner."""
+
+    def __init__(
+        self,
+        directory: Path,
+        layers: LayerSlices,
+        initial_norms: Floats,
+        *,
+        record_every: int | None = None,
+        min_spell: int = 1,
+        ratios: tuple[float, float],
+        stop_when_diverged: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.layers = layers
+        self.iterations = 0
+        self.dead_filters = 0
+        self.latest = (math.nan, math.nan)
+        self.diverged_at: int | None = None
+        self._stop_when_diverged = stop_when_diverged
+        self._initial_norms = initial_norms
+        self._record_every = record_every
+        self._ratios = ratios
+        self._spells = SpellTracker(layers.offsets[-1], min_spell)
+        self._dead_for = np.zeros(layers.offsets[-1], dtype=np.int64)
+        self._norms = trace.PartWriter(directory / trace.NORMS_FOLDER)
+        self._steps = trace.PartWriter(directory / trace.ITERATIONS_FOLDER)
+        self._events = trace.PartWriter(directory / trace.EVENTS_FOLDER)
+        self._event_count = 0
+        self._windows: dict[str, _Windows] = {}
+        self._stored: list[int] = []
+        self._last: dict[str, Floats] = {}
+        self._step_tables: list[pa.Table] = []
+        self._event_rows: list[NDArray[np.int64]] = []
+
+    def add(self, block: Block) -> None:
+        """Take the next block."""
+        if self._stop_when_diverged:
+            block = self._before_divergence(block)
+        block = block.rows(~block.skipped)
+        length = len(block.skipped)
+        if length == 0:
+            return
+        numbers = np.arange(self.iterations, self.iterations + length)
+        states = filter_states(
+            block.activity,
+            block.gradient_norms,
+            block.weight_norms,
+            self._initial_norms,
+            *self._ratios,
+        )
+        self._event_rows.append(self._spells.update(states))
+        self._count_dead(states)
+        self._add_steps(block, states, numbers)
+        self._add_norms(block, numbers)
+        self.iterations += length
+        self.latest = (float(block.scalars[-1, 0]), float(block.scalars[-1, 1]))
+
+    def flush(self) -> None:
+        """Write everything taken so far to part files."""
+        if self._stored:
+            self._norms.write(self._norm_table(), self._stored[0], self._stored[-1])
+            self._stored = []
+        if self._step_tables:
+            table = pa.concat_tables(self._step_tables).combine_chunks()
+            self._step_tables = []
+            last = table["iteration"][-1].as_py()
+            self._steps.write(table, table["iteration"][0].as_py(), last)
+        rows = np.concatenate([np.empty((0, 4), dtype=np.int64), *self._event_rows])
+        self._event_rows = []
+        if len(rows):
+            last_event = self._event_count + len(rows) - 1
+            self._events.write(self._event_table(rows), self._event_count, last_event)
+            self._event_count += len(rows)
+            self._write_brief_spells()
+
+    def seal(self) -> None:
+        """Store the last iteration's norms, flush, merge the small parts, close the event log."""
+        if self._last and (self.iterations - 1) not in self._stored:
+            self._store_last()
+        self.flush()
+        for writer in (self._norms, self._steps):
+            writer.merge()
+        self._write_brief_spells()
+        events = resolve_events(trace.read_parts(self._events.folder))
+        trace.write_table(self.directory / trace.EVENTS_FILE, events)
+        for path in self._events.folder.iterdir():
+            path.unlink()
+        self._events.folder.rmdir()
+
+    def _before_divergence(self, block: Block) -> Block:
+        """Drop the first step whose loss is not finite, and whatever follows it."""
+        if self.diverged_at is None:
+            bad = ~np.isfinite(block.scalars[:, SCALARS.index("loss")])
+            if not bad.any():
+                return block
+            first = int(bad.argmax())
+            self.diverged_at = self.iterations + int((~block.skipped[:first]).sum())
+        else:
+            first = 0
+        return block.rows(np.arange(len(block.skipped)) < first)
+
+    def _count_dead(self, states: NDArray[np.bool_]) -> None:
+        """Count the filters that are silent with zero gradient now, and have been for a while."""
+        dead = states[0] & states[1]
+        length = len(dead)
+        alive = ~dead
+        last_alive = np.where(alive.any(axis=0), length - 1 - alive[::-1].argmax(axis=0), -1)
+        self._dead_for = np.where(
+            last_alive < 0, self._dead_for + length, length - 1 - last_alive
+        ).astype(np.int64)
+        self.dead_filters = int((self._dead_for >= MIN_DEATH_WINDOW).sum())
+
+    def _add_steps(
+        self, block: Block, states: NDArray[np.bool_], numbers: NDArray[np.int64]
+    ) -> None:
+        starts = np.asarray(self.layers.offsets[:-1])
+        columns: dict[str, object] = {"iteration": numbers}
+        columns |= {name: block.scalars[:, i] for i, name in enumerate(SCALARS)}
+        for kind, state in zip(EVENT_KINDS, states, strict=True):
+            counts = np.add.reduceat(state, starts, axis=1, dtype=np.int32)
+            columns[f"{kind}_filters"] = trace.list_column(counts)
+        clipped = np.add.reduceat(block.clip_factors < 1, starts, axis=1, dtype=np.int32)
+        mean = np.add.reduceat(block.clip_factors, starts, axis=1) / np.diff(self.layers.offsets)
+        columns["clipped_filters"] = trace.list_column(clipped)
+        columns["mean_clip_factor"] = trace.list_column(mean.astype(np.float32))
+        self._step_tables.append(pa.table(columns))
+
+    def _add_norms(self, block: Block, numbers: NDArray[np.int64]) -> None:
+        quantities = {
+            "weight_norm": block.weight_norms,
+            "gradient_norm": block.gradient_norms,
+            "clip_factor": block.clip_factors,
+            "gap_norm": block.gap,
+        }
+        ends = np.flatnonzero(stored_mask(numbers, self._record_every))
+        for name, values in quantities.items():
+            self._windows.setdefault(name, _Windows()).add(values, ends)
+            self._last[name] = values[-1]
+        self._stored.extend(int(number) for number in numbers[ends])
+
+    def _store_last(self) -> None:
+        for name, values in self._last.items():
+            window = self._windows[name]
+            if window.low is None:
+                return  # the last iteration was stored and already flushed
+            window.rows.append(np.stack((values, window.low, window.high)))  # type: ignore[arg-type]
+            window.low = window.high = None
+        self._stored.append(self.iterations - 1)
+
+    def _norm_table(self) -> pa.Table:
+        columns: dict[str, object] = {"iteration": np.asarray(self._stored, dtype=np.int64)}
+        for name, window in self._windows.items():
+            rows = window.take()
+            if np.isnan(rows).all():
+                continue
+            thinned = not np.array_equal(rows[:, 1], rows[:, 2], equal_nan=True)
+            whole = [(None, slice(None))]
+            for layer, part in whole if name == "gap_norm" else self.layers:
+                for statistic, suffix in enumerate(("", "_min", "_max") if thinned else ("",)):
+                    label = trace.column_name(name + suffix, layer)
+                    columns[label] = trace.list_column(rows[:, statistic, part])
+        return pa.table(columns)
+
+    def _event_table(self, rows: NDArray[np.int64]) -> pa.Table:
+        kind, flat, start, end = rows.T
+        layer = self.layers.layer_of(flat)
+        columns = [
+            pa.array(np.asarray(EVENT_KINDS)[kind]),
+            pa.array(np.asarray(self.layers.names)[layer]),
+            pa.array(layer.astype(np.int32)),
+            pa.array((flat - np.asarray(self.layers.offsets)[layer]).astype(np.int32)),
+            pa.array(start),
+            pa.array(end, mask=end < 0),
+        ]
+        return pa.table(columns, schema=trace.EVENT_SCHEMA)
+
+    def _write_brief_spells(self) -> None:
+        kind, flat = np.nonzero(self._spells.brief)
+        rows = np.stack((kind, flat, np.zeros_like(kind), np.zeros_like(kind)), axis=1)
+        table = self._event_table(rows).drop_columns(["start_iteration", "end_iteration"])
+        table = table.append_column("spells", pa.array(self._spells.brief[kind, flat]))
+        trace.write_table(self.directory / trace.BRIEF_SPELLS_FILE, table)
+
+
+def resolve_events(parts: Sequence[pa.Table]) -> pa.Table:
+    """Return the event log in which a spell that was logged open and then ended appears once.
+
+    Ordered by start, layer, filter and kind.
+    """
+    if not parts:
+        return trace.EVENT_SCHEMA.empty_table()
+    log = pa.concat_tables(parts)
+    key = ["start_iteration", "layer_index", "filter", "kind"]
+    order = ["layer", "end_iteration"]
+    # An open row has no end, so the largest end of a spell's rows is the one that is known last.
+    grouped = log.group_by(key, use_threads=False).aggregate([(name, "max") for name in order])
+    grouped = grouped.rename_columns(
+        [name.removesuffix("_max") for name in grouped.column_names]
+    ).sort_by([(name, "ascending") for name in key])
+    return grouped.select(trace.EVENT_SCHEMA.names).cast(trace.EVENT_SCHEMA)
+
+
+def layer_slices(names: Sequence[str], filters: Sequence[int]) -> LayerSlices:
+    """Return the slices of layers with these numbers of filters, one after the other."""
+    offsets = np.concatenate(([0], np.cumsum(filters)))
+    return LayerSlices(tuple(names), tuple(int(offset) for offset in offsets))

@@ -1,0 +1,106 @@
+"""What a training run tells while it goes on: its plan, its progress, its epochs."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pgt_diag.config import Amp, RunConfig
+from pgt_diag.recorder import FilterRecorder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do."""
+
+    directory: Path
+    config: RunConfig
+    data: str
+    train_images: int
+    test_images: int
+    parameters: int
+    filters: int
+    device: str
+    amp: Amp
+    iterations: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; loss and accuracy (percent) are a second or so old."""
+
+    epoch: int
+    iteration: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+    seconds_left: float
+    dead_filters: int
+
+
+class Listener:
+    """Hears how training goes. The library prints nothing; override what you want to show."""
+
+    def started(self, plan: Plan) -> None:
+        """Before the first iteration."""
+
+    def iterated(self, progress: Progress) -> None:
+        """After every iteration."""
+
+    def finished_epoch(self, metrics: dict[str, Any]) -> None:
+        """After every epoch, with its row of metrics.csv."""
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """An epoch's means over its training images, accuracy in percent, and what it took."""
+
+    loss: float
+    accuracy: float
+    seconds: float
+    images_per_second: float
+    recorder_seconds: float
+
+
+class Meter:
+    """Times the epochs and foretells the end."""
+
+    def __init__(self, batch_size: int, batches_per_epoch: int, epochs: int) -> None:
+        self._batch_size = batch_size
+        self._images = batch_size * batches_per_epoch
+        self._iterations = batches_per_epoch * epochs
+        self._started = time.perf_counter()
+
+    def start_epoch(self, recorder_seconds: float) -> None:
+        """Start the clock; `recorder_seconds` is what the recorder has taken so far."""
+        self._epoch_started = time.perf_counter()
+        self._recorder_seconds = recorder_seconds
+
+    def progress(self, epoch: int, recorder: FilterRecorder) -> Progress:
+        """Return where the run stands."""
+        done = recorder.steps
+        elapsed = time.perf_counter() - self._started
+        loss, accuracy = recorder.latest
+        return Progress(
+            epoch=epoch,
+            iteration=done,
+            loss=loss,
+            accuracy=accuracy,
+            images_per_second=done * self._batch_size / elapsed,
+            seconds_left=elapsed / done * (self._iterations - done),
+            dead_filters=recorder.dead_filters,
+        )
+
+    def finish_epoch(self, sums: Tensor, recorder: FilterRecorder) -> EpochMetrics:
+        """Return the epoch's metrics; sums: (2,) Σ loss and correct predictions."""
+        loss, correct = (sums / self._images).tolist()
+        seconds = time.perf_counter() - self._epoch_started
+        return EpochMetrics(
+            loss=loss,
+            accuracy=100 * correct,
+            seconds=seconds,
+            images_per_second=self._images / seconds,
+            recorder_seconds=recorder.seconds - self._recorder_seconds,
+        )
