@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from pathlib import Path
 from types import TracebackType
@@ -9,7 +10,7 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pgt_diag.config import Preset
 from pgt_diag.progress import Listener, Plan
@@ -45,7 +46,7 @@ class TrainingConsole(Listener):
         if kind is not None and issubclass(kind, KeyboardInterrupt) and self._plan is not None:
             self._print(
                 f"interrupted; what was recorded is in {self._plan.directory}: "
-                f"pgt-diag report {self._plan.directory}"
+                f"pgt-diag report {shlex.quote(str(self._plan.directory))}"
             )
 
     def show_plan(self, plan: Plan) -> None:
@@ -59,8 +60,9 @@ class TrainingConsole(Listener):
         )
         self._print(
             f"{method}: {config.epochs} epochs, {plan.iterations:,} iterations of "
-            f"{config.batch_size} images, lr {config.lr:g}, weight decay {config.weight_decay:g}, "
-            f"seed {config.seed}, {plan.device}, amp {plan.amp}"
+            f"{config.batch_size} images, lr {config.lr:g} (warm-up {config.warmup_epochs:g} "
+            f"epochs), weight decay {config.weight_decay:g}, seed {config.seed}, {plan.device}, "
+            f"amp {plan.amp}"
         )
         self._print(f"run directory: {plan.directory}")
         if self._json:
@@ -74,7 +76,7 @@ class TrainingConsole(Listener):
             return
         self._print(
             f"done: test accuracy {metrics['test_accuracy']:.2f} %, {metrics['dead_filters']} dead "
-            f"filters; next: pgt-diag report {path}"
+            f"filters; next: pgt-diag report {shlex.quote(str(path))}"
         )
 
     def started(self, plan: Plan) -> None:
@@ -85,8 +87,7 @@ class TrainingConsole(Listener):
         if self._console.is_terminal and not self._json:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(),
-                MofNCompleteColumn(),
+                BarColumn(bar_width=12),
                 TextColumn("{task.fields[numbers]}"),
                 console=self._console,
             )
@@ -127,15 +128,13 @@ def _numbers(progress: TrainingProgress) -> str:
     shown = (
         ""
         if math.isnan(progress.loss)
-        else f"loss {progress.loss:.4f}, accuracy {progress.accuracy:.1f} %, "
+        else f"loss {progress.loss:.3f}, accuracy {progress.accuracy:.0f} %, "
     )
     minutes, seconds = divmod(int(progress.seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-    return (
-        f"{shown}{progress.images_per_second:.0f} images/s, {left} left, "
-        f"{progress.dead_filters} dead filters"
-    )
+    rate = f"{progress.images_per_second:.0f} images/s"
+    return f"{shown}{rate}, {left} left, {progress.dead_filters} dead"
 
 
 def _plain(plan: Plan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`pgt-diag train`: train one run and record its filters."""
 
+import signal
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -58,7 +59,7 @@ def train(
         None, help="Values to start from; by default the data set's own.", show_default=False
     ),
     config: Path | None = typer.Option(
-        None, help="TOML file of options (keys as below, without dashes in front)."
+        None, help="TOML file of the options below that describe the run, and 'preset'."
     ),
     method: Method = _option("method", "Gradient method.", METHOD),
     alpha: float = _option("alpha", "PGT's exponent α, in [0, 1]; 1 changes nothing.", METHOD),
@@ -128,8 +129,8 @@ def train(
     min_spell: int | None = _option(
         "min_spell", "Log states that last so many iterations; a thousandth of the run.", RECORDING
     ),
-    feature_map_layer: int = _option(
-        "feature_map_layer", "Convolution whose feature maps are kept, from 0.", RECORDING
+    feature_map_layer: int | None = _option(
+        "feature_map_layer", "Convolution whose feature maps are kept; by default 1.", RECORDING
     ),
     feature_map_images: int = _option(
         "feature_map_images", "Images to keep feature maps of.", RECORDING
@@ -142,6 +143,7 @@ def train(
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
     run_config, used_preset = compose(preset or file_preset, file, given)
+    _check_effect(given, run_config.method)
     directory = _run_directory(run_dir, name, run_config)
 
     # Late, so that a mistyped option is answered before torch is loaded.
@@ -152,6 +154,8 @@ def train(
         plan = training.plan(run_config, directory, download=download, force=force)
         TrainingConsole(json_output=json_output, preset=used_preset).show_plan(plan)
         return
+    # A job scheduler's SIGTERM ends the run as Ctrl-C does: sealed, with its own exit code.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = TrainingConsole(json_output=json_output, preset=used_preset)
     with console:
         path = training.train(
@@ -175,9 +179,30 @@ def _given_options(ctx: typer.Context) -> dict[str, Any]:
     if "step_epochs" in given:
         given["step_epochs"] = _integers("--step-epochs", given["step_epochs"])
     if "record_every" in given:
-        text = given["record_every"]
-        (given["record_every"],) = [None] if text == "auto" else _integers("--record-every", text)
+        given["record_every"] = _record_every(given["record_every"])
     return given
+
+
+def _record_every(text: str) -> int | None:
+    if text == "auto":
+        return None
+    numbers = _integers("--record-every", text)
+    if len(numbers) != 1:
+        raise ConfigurationError(f"--record-every is {text!r}; give auto or one whole number")
+    return numbers[0]
+
+
+def _check_effect(given: dict[str, Any], method: Method) -> None:
+    """Raise ConfigurationError for a typed option that the method does not use."""
+    for key in given:
+        unused = (
+            (key == "alpha" and not method.uses_pgt)
+            or (key == "clip_norm" and not method.uses_gc)
+            or (key.startswith("agc_") and not method.uses_agc)
+        )
+        if unused:
+            option = f"--{key.replace('_', '-')}"
+            raise ConfigurationError(f"{option} has no effect with --method {method}")
 
 
 def _integers(option: str, text: str) -> list[int]:

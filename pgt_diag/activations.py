@@ -48,13 +48,17 @@ _CHANNEL_PRESERVING = frozenset(
         "AvgPool2DBackward0",
         "CloneBackward0",
         "CudnnBatchNormBackward0",
+        "DivBackward0",
         "MaxPool2DWithIndicesBackward0",
         "MiopenBatchNormBackward0",
         "MulBackward0",
         "NativeBatchNormBackward0",
         "NativeGroupNormBackward0",
         "NativeDropoutBackward0",
+        "SubBackward0",
+        "SyncBatchNormBackward",
         "ToCopyBackward0",
+        "ViewBackward0",  # instance norm; a view that mixes channels changes their number
     }
 )
 
@@ -82,6 +86,26 @@ class Tap:
         return f"{self.where.side} of {self.where.module}{again}{before}"
 
 
+class Hook:
+    """A module hook that stays behind when its model is copied or saved: there it does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function."""
+        return self._function(*arguments)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return Hook(_do_nothing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_do_nothing,)
+
+
+def _do_nothing(*_: Any) -> None: ...
+
+
 class ActivationFinder:
     """Watches one forward pass under autograd and then names a tap for every convolution.
 
@@ -91,20 +115,17 @@ class ActivationFinder:
 
     def __init__(self, model: nn.Module, see: Callable[[Call, Tensor], None]) -> None:
         self._see = see
-        self._modules = {name: module for name, module in model.named_modules() if name}
-        self._seen: dict[Node, list[Call]] = {}
+        self._modules: dict[str, Any] = {n: module for n, module in model.named_modules() if n}
+        self._seen: dict[Node, list[tuple[Call, int]]] = {}
         self._convolution_calls: dict[str, list[Node]] = {}
         self._calls: dict[str, int] = {}
-        self._outputs: list[Node] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._model = model
 
     def start(self) -> None:
         """Put the hooks on."""
         for name, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(name)))
-            self._handles.append(module.register_forward_hook(self._output_hook(name)))
-        self._handles.append(self._model.register_forward_hook(self._root_hook))
+            self._handles.append(module.register_forward_pre_hook(Hook(self._input_hook(name))))
+            self._handles.append(module.register_forward_hook(Hook(self._output_hook(name))))
 
     def stop(self) -> None:
         """Take the hooks off."""
@@ -112,31 +133,43 @@ class ActivationFinder:
             handle.remove()
         self._handles.clear()
 
-    def taps(self) -> dict[str, tuple[Tap, ...]]:
-        """Return the taps of every convolution that was called, by its qualified name.
+    def taps(self, output: Any) -> dict[str, tuple[Tap, ...]]:
+        """Return the taps of every convolution whose map can be seen, by its qualified name.
 
-        A convolution that is called several times has a tap for each call. Where no activation
-        follows, the tap is the convolution's own output.
+        `output` is what the model returned: tensors, or containers of them. A convolution that is
+        called several times has a tap for each call. Where no activation follows, the tap is the
+        convolution's own output. A convolution is left out when a call of it cannot be followed:
+        a frozen one has no place in the graph, and no module may show its activation's map.
         """
-        consumers = _consumers([*self._outputs, *self._seen])
-        return {
-            name: tuple(self._tap(name, call, node, consumers) for call, node in enumerate(nodes))
+        roots = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+        consumers = _consumers([*roots, *self._seen])
+        found = {
+            name: [self._tap(name, call, node, consumers) for call, node in enumerate(nodes)]
             for name, nodes in self._convolution_calls.items()
         }
+        return {
+            name: tuple(tap for tap in taps if tap is not None)
+            for name, taps in found.items()
+            if None not in taps
+        }
 
-    def _tap(self, name: str, call: int, node: Node, consumers: dict[Node, list[Node]]) -> Tap:
-        own = Tap(Call(name, call, "output"), "peak")
-        found = _first_activation(node, consumers) if node is not None else None
+    def _tap(
+        self, name: str, call: int, node: Node | None, consumers: dict[Node, list[Node]]
+    ) -> Tap | None:
+        if node is None:
+            return None
+        found = _first_activation(node, consumers)
         if found is None:
-            return own
+            return Tap(Call(name, call, "output"), "peak")
         activation, before = found
-        reading: Reading = "sum" if _is_relu(activation) else "peak"
-        for seen in self._seen.get(activation, ()):
-            return Tap(seen, reading)
-        if _is_relu(activation):
-            for seen in self._seen.get(before, ()):
+        filters = self._modules[name].out_channels
+        for seen, channels in self._seen.get(activation, ()):
+            if channels == filters:
+                return Tap(seen, "sum" if _is_relu(activation) else "peak")
+        for seen, channels in self._seen.get(before, ()):
+            if _is_relu(activation) and channels == filters:
                 return Tap(seen, "positive")
-        return own
+        return None
 
     def _input_hook(self, name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -161,18 +194,15 @@ class ActivationFinder:
     def _note(self, tensor: Tensor, call: Call) -> None:
         self._see(call, tensor)
         if tensor.grad_fn is not None:
-            self._seen.setdefault(tensor.grad_fn, []).append(call)
-
-    def _root_hook(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
-                self._outputs.append(tensor.grad_fn)
+            self._seen.setdefault(tensor.grad_fn, []).append((call, tensor.shape[1]))
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     """Return the convolutions that are recorded, by qualified name, in module order."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, CONVOLUTIONS)
+        name: module
+        for name, module in model.named_modules()
+        if name and isinstance(module, CONVOLUTIONS)
     }
 
 

@@ -161,7 +161,7 @@ class RunConfig:
 
     record_every: int | None = None
     min_spell: int | None = None
-    feature_map_layer: int = 1
+    feature_map_layer: int | None = None
     feature_map_images: int = 4
     feature_map_snapshots: int = 9
 
@@ -207,6 +207,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
     values = {key.replace("-", "_"): value for key, value in values.items()}
+    if values.get("record_every") == "auto":
+        values["record_every"] = None
     preset = values.pop("preset", None)
     if preset is not None and preset not in list(Preset):
         raise ConfigurationError(f"{path}: preset is {preset!r}; choose one of {', '.join(Preset)}")
@@ -268,8 +270,11 @@ def _check(config: RunConfig) -> None:
         raise ConfigurationError(
             f"warmup_epochs is {config.warmup_epochs}, more than the run's {config.epochs} epochs"
         )
-    if list(config.step_epochs) != sorted(set(config.step_epochs)):
-        raise ConfigurationError(f"step_epochs is {list(config.step_epochs)}; it must increase")
+    steps = list(config.step_epochs)
+    if steps != sorted(set(steps)) or min(steps, default=1) < 1:
+        raise ConfigurationError(f"step_epochs is {steps}; it must increase, from 1 or more")
+    if config.momentum == 1:
+        raise ConfigurationError("momentum is 1.0; it must be less than 1")
     if config.device is Device.CPU and config.amp in (Amp.BF16, Amp.FP16):
         raise ConfigurationError(f"amp is {config.amp} and device is cpu; {config.amp} needs a GPU")
 
@@ -277,8 +282,8 @@ def _check(config: RunConfig) -> None:
 _ANY = math.inf
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("image_size", 1, 4096),
-    ("synthetic_images", 2, _ANY),
-    ("synthetic_classes", 2, _ANY),
+    ("synthetic_images", 2, 1_000_000),
+    ("synthetic_classes", 2, 10_000),
     ("workers", 0, 1024),
     ("alpha", 0, 1),
     ("clip_norm", 0, _ANY),
@@ -354,9 +359,22 @@ def compose(
 ) -> tuple[RunConfig, Preset]:
     """Return a configuration: options before the file, the file before the preset's values.
 
-    With no preset, the one of the data set. Also returns the preset that was used.
+    With no preset, the one of the data set. A preset's stem is left out for a model that has none
+    to choose, and its warm-up is shortened to half of a shorter run. Also returns the preset that
+    was used.
     """
     dataset = options.get("dataset", file.get("dataset"))
     if preset is None:
         preset = PRESET_OF_DATASET[DatasetName(dataset)] if dataset else Preset.SMOKE
-    return RunConfig.from_mapping({**PRESETS[preset], **file, **options}), preset
+    values = {**PRESETS[preset], **file, **options}
+    chosen = {*file, *options}
+    if "stem" not in chosen and not has_stem(str(values.get("model", RunConfig.model))):
+        values.pop("stem", None)
+    if "warmup_epochs" not in chosen and isinstance(values.get("epochs"), int):
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    return RunConfig.from_mapping(values), preset
+
+
+def has_stem(model: str) -> bool:
+    """Whether a network of this name has the stem that `Stem` chooses: torchvision's ResNets."""
+    return model.startswith(("resnet", "resnext", "wide_resnet"))

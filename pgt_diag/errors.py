@@ -4,6 +4,9 @@ Every message names what is wrong, where, and what to do about it. `commands.app
 place that prints them.
 """
 
+import errno
+from pathlib import Path
+
 
 class PgtDiagError(Exception):
     """Base of every error that is somebody's mistake or bad luck, not a defect of pgt-diag."""
@@ -35,3 +38,17 @@ class RecorderError(PgtDiagError, RuntimeError):
 
 class DivergedError(PgtDiagError):
     """The loss became NaN or infinite (exit code 1)."""
+
+
+class NoSpaceError(RunDirectoryError):
+    """A full disk; what was recorded is intact (exit code 4)."""
+
+    exit_code = 4
+
+
+def storage_error(path: Path, error: OSError) -> RunDirectoryError:
+    """Return the error that tells why `path` could not be written."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpaceError(f"{path}: no space left ({reason}); what was recorded before is intact")
+    return RunDirectoryError(f"{path}: cannot be written: {reason}")

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pgt_diag.activations import ActivationFinder, Call, Tap, convolutions
+from pgt_diag.activations import ActivationFinder, Call, Hook, Tap, convolutions
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.reductions import Reading, read_map, read_map_and_gap
 
@@ -26,6 +26,9 @@ class MapSink(Protocol):
 
     def add_gap(self, squares: Tensor) -> None:
         """Add the squares of the GAP features, (features,), summed over the batch."""
+
+    def discard(self) -> None:
+        """Forget what was added since the last step: its gradients were thrown away."""
 
 
 class MapObserver:
@@ -52,15 +55,21 @@ class MapObserver:
         self._gap_module = gap_module
         self._training_pass = False
         self._seen_training_pass = False
+        self._seen_backward = False
         self._finder: ActivationFinder | None = None
         self._calls: dict[tuple[str, str], int] = {}
         self._capture: tuple[Tap, list[Tensor]] | None = None
         self._taps: dict[str, tuple[Tap, ...]] = {}
         self._readers: dict[Call, dict[Reading, list[str]]] = {}
         self._handles = [
-            model.register_forward_pre_hook(self._before_forward),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_pre_hook(Hook(self._before_forward)),
+            model.register_forward_hook(Hook(self._after_forward)),
         ]
+        trained = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
+        self._witness = trained[0] if trained else None
+        if self._witness is not None:
+            watch: Any = self._witness.register_post_accumulate_grad_hook
+            self._handles.append(watch(Hook(self._after_backward)))
 
     def close(self) -> None:
         """Take all hooks off."""
@@ -73,29 +82,38 @@ class MapObserver:
     def take_training_pass(self) -> bool:
         """Return whether a training forward pass was seen since the last call."""
         seen, self._seen_training_pass = self._seen_training_pass, False
+        self._seen_backward = False
         return seen
 
     def capture(self, layer: str, images: Tensor) -> Tensor:
         """Return the map of a convolution for these images, in eval mode and without gradient."""
-        training = self._model.training
+        modes = [(module, module.training) for module in self._model.modules()]
         self._model.eval()
+        captured: list[Tensor] = []
         try:
             if not self.ready:
                 # The first forward pass of all finds the taps, from its autograd graph.
                 with torch.enable_grad():
                     self._model(images)
-            captured: list[Tensor] = []
+            if layer not in self._taps:
+                raise ConfigurationError(
+                    f"the map of '{layer}' cannot be seen in the forward pass; name it with taps"
+                )
             self._capture = (self._taps[layer][0], captured)
             with torch.no_grad():
                 self._model(images)
         finally:
             self._capture = None
-            self._model.train(training)
+            for module, training in modes:
+                module.training = training
         return captured[0]
 
     def _before_forward(self, model: nn.Module, _: tuple[Any, ...]) -> None:
+        failed = self._training_pass
         self._training_pass = model.training and torch.is_grad_enabled()
         self._calls.clear()
+        if self._training_pass and self.ready and (failed or self._gradients_discarded()):
+            self._sink.discard()
         if not self.ready and torch.is_grad_enabled():
             if self._finder is not None:
                 self._finder.stop()  # the forward pass before this one raised an error
@@ -103,11 +121,26 @@ class MapObserver:
             self._finder = ActivationFinder(model, self._first_maps.see)
             self._finder.start()
 
-    def _after_forward(self, *_: object) -> None:
+    def _after_backward(self, _: Tensor) -> None:
+        self._seen_backward = True
+
+    def _gradients_discarded(self) -> bool:
+        """Whether a GradScaler skipped the step of the gradients that the last passes made.
+
+        They were there, no step came, and they are gone: only `zero_grad` does that.
+        """
+        return (
+            self._seen_training_pass
+            and self._seen_backward
+            and self._witness is not None
+            and self._witness.grad is None
+        )
+
+    def _after_forward(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         if self._finder is not None:
             finder, self._finder = self._finder, None
             finder.stop()
-            self._start(finder.taps())
+            self._start(finder.taps(output))
         self._seen_training_pass |= self._training_pass
         self._training_pass = False
 
@@ -135,8 +168,10 @@ class MapObserver:
     def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]]) -> Tap:
         if self._gap_module is not None:
             return Tap(Call(self._gap_module, 0, "output"), "peak")
-        last = next(name for name in reversed(convolutions(self._model)) if name in taps)
-        return taps[last][-1]
+        for name in reversed(convolutions(self._model)):
+            if name in taps:
+                return taps[name][-1]
+        raise ConfigurationError("the first forward pass showed no convolution's map")
 
     def _check_named(self, first: "_FirstMaps") -> None:
         """Raise ConfigurationError for a module named by hand that shows no fitting map."""
@@ -163,9 +198,9 @@ class MapObserver:
             self._on_map(Call(name, self._count(name, "input"), "input"), inputs[0])
 
         self._handles.append(
-            module.register_forward_hook(on_output)
+            module.register_forward_hook(Hook(on_output))
             if side == "output"
-            else module.register_forward_pre_hook(on_input)
+            else module.register_forward_pre_hook(Hook(on_input))
         )
 
     def _count(self, module: str, side: str) -> int:

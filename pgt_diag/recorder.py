@@ -5,10 +5,12 @@ per optimizer step; half of it at a time is copied beside the training stream an
 thread. Nothing in the step waits for the device.
 """
 
+import atexit
 import difflib
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from pgt_diag.activations import Tap, convolutions
+from pgt_diag.directory import RunDirectory
 from pgt_diag.encoder import SCALARS, TraceEncoder, layer_slices
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver
 from pgt_diag.reductions import filter_norms
 from pgt_diag.ring import Ring, RowLayout
-from pgt_diag.run import Layer, RunDirectory
+from pgt_diag.run import Layer
 from pgt_diag.writer import WriterThread
 
 _HANDOVER_SECONDS = 1.0
@@ -43,7 +46,13 @@ class FilterRecorder:
     it records each filter's weight norm (after the step), gradient norm (as the optimizer got it)
     and whether its channel was silent on the batch (on all its micro-batches, if several were
     accumulated), and the norm over the batch of each GAP feature: the spatial mean of the last
-    convolution's post-activation map, or of the output of the module named `gap_module`.
+    convolution's post-activation map (in a network that concatenates, name the pooled module), or
+    of the output of the module named `gap_module`.
+
+    A layer whose map cannot be followed (frozen, or behind an operation that is no module), or
+    that a step's forward passes did not call, has unknown activity: it is never called silent.
+    `taps` names such a map. A GradScaler's skipped step is no iteration, and its batch is
+    forgotten, unless the loop zeroes gradients with `set_to_none=False`.
 
     Arguments:
         model: the module whose `forward` the loop calls; with DDP, the module inside.
@@ -52,7 +61,8 @@ class FilterRecorder:
         taps: name by hand which module's output is the post-activation map of a convolution,
             `{"conv1": "relu"}`; the others are found from the first forward pass.
         record_every: store norms every so many iterations with each window's extremes; by default
-            all of the first few thousand, then ever fewer. Events are exact all the same.
+            all of the first 4,096, then ever fewer (18,000 rows at half a million iterations).
+            Events are exact all the same.
         min_spell: log a state from this many iterations on; shorter spells are only counted.
         collapsed_ratio, zeroed_ratio: the norm thresholds of these states, relative to the start.
         stop_when_diverged: take a NaN or infinite loss, told by `log`, for the end: that iteration
@@ -84,6 +94,11 @@ class FilterRecorder:
     ) -> None:
         self.model = model
         self._convolutions = convolutions(model)
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise RecorderError(
+                "recording under data parallelism is not built yet: silence would be that of one "
+                "process's share of the batch"
+            )
         if not self._convolutions:
             raise ConfigurationError(f"{type(model).__name__} has no convolution to record")
         modules = dict(model.named_modules())
@@ -97,17 +112,21 @@ class FilterRecorder:
         self._min_spell, self._record_every = min_spell, record_every
         self._ratios = (collapsed_ratio, zeroed_ratio)
         self._stop_when_diverged = stop_when_diverged
-        self._directory = RunDirectory.create(Path(directory), force=force)
-        self._info = {
-            "model": type(model).__name__,
-            "record_every": record_every,
-            "min_spell": min_spell,
-            "collapsed_ratio": collapsed_ratio,
-            "zeroed_ratio": zeroed_ratio,
-            **(info or {}),
-        }
         self._initial_norms = torch.empty(self._layers.offsets[-1], device=self._device)
         self._write_weight_norms(self._initial_norms)
+        self._directory = RunDirectory.create(Path(directory), force=force)
+        self._directory.update(
+            {
+                "status": "running",
+                "message": None,
+                "model": type(model).__name__,
+                "record_every": record_every,
+                "min_spell": min_spell,
+                "collapsed_ratio": collapsed_ratio,
+                "zeroed_ratio": zeroed_ratio,
+                **(info or {}),
+            }
+        )
         self._convolution_ids = {id(weight) for weight in weights}
         self._slices = dict(self._layers)
 
@@ -118,11 +137,13 @@ class FilterRecorder:
         self._told: dict[str, Any] = {}
         self._seconds = 0.0
         self._started = time.perf_counter()
+        self._forget_seen()
         self._observer = MapObserver(model, self, named_taps=taps or {}, gap_module=gap_module)
         self._step_handles = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
+        atexit.register(self._close_at_exit)
 
     # What a training loop calls
 
@@ -136,6 +157,9 @@ class FilterRecorder:
         trace: TracebackType | None,
     ) -> None:
         if kind is None:
+            self.close()
+            return
+        if isinstance(error, SystemExit) and error.code in (None, 0):
             self.close()
             return
         status: Status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
@@ -153,7 +177,7 @@ class FilterRecorder:
 
     @property
     def steps(self) -> int:
-        """How many optimizer steps were seen, those that a GradScaler skipped among them."""
+        """How many optimizer steps were seen, also those that a fused optimizer then skipped."""
         return self._steps
 
     @property
@@ -216,6 +240,8 @@ class FilterRecorder:
         images: (n, 3, H, W) float, as the model takes them, in eval mode and without autocast;
         originals: (n, 3, H, W) uint8, to be shown beside the maps.
         """
+        if not self._step_handles:
+            raise RecorderError("snapshot: the recorder is closed")
         began = time.perf_counter()
         name = self._layers.names[layer]
         maps = self._observer.capture(name, images.to(self._device))
@@ -226,26 +252,32 @@ class FilterRecorder:
     def flush(self) -> None:
         """Wait until every iteration so far is on disk, to be read from the run directory."""
         self._hand_over()
-        if self._writer is not None:
+        if self._writer is not None and self._step_handles:
             self._writer.flush()
 
     def close(self, status: Status = "finished", message: str | None = None) -> None:
         """Take the hooks off, write everything, seal the run; further calls do nothing."""
         if not self._step_handles:
             return
+        atexit.unregister(self._close_at_exit)
         self._observer.close()
         for handle in self._step_handles:
             handle.remove()
         self._step_handles = []
         try:
-            self._hand_over()
-            if self._writer is not None:
-                self._writer.close()
+            try:
+                self._hand_over()
+            finally:
+                if self._writer is not None:
+                    self._writer.close()
         except BaseException as error:
             self._directory.finish("failed", f"recording stopped: {error}")
             raise
         self._directory.update({"overhead": self._overhead()})
         self._directory.finish(status, message)
+
+    def _close_at_exit(self) -> None:
+        self.close("interrupted", "the process ended before the recorder was closed")
 
     # What the observer's and the optimizer's hooks call
 
@@ -262,24 +294,38 @@ class FilterRecorder:
         """Add to the coming step's row: several batches make up one iteration (MapSink)."""
         assert self._ring is not None
         self._ring.row[self._ring.layout.activity][self._slices[layer]] += activity
+        self._unseen.discard(layer)
 
     def add_gap(self, squares: Tensor) -> None:
         """Add to the coming step's row (MapSink)."""
         assert self._ring is not None
         self._ring.row[self._ring.layout.gap] += squares
+        self._gap_unseen = False
+
+    def discard(self) -> None:
+        """Blank the coming step's row (MapSink)."""
+        assert self._ring is not None
+        self._ring.clear()
+        self._forget_seen()
+
+    def _forget_seen(self) -> None:
+        self._unseen = set(self._slices)
+        self._gap_unseen = True
 
     def _open_run(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap) -> None:
         layers = [
-            Layer(
-                name=name,
-                index=index,
-                filters=module.weight.shape[0],
-                weight_shape=tuple(module.weight.shape),
-                activation="; ".join(map(str, taps.get(name, ()))) or "not in the forward pass",
+            asdict(
+                Layer(
+                    name=name,
+                    index=index,
+                    filters=module.weight.shape[0],
+                    weight_shape=tuple(module.weight.shape),
+                    activation="; ".join(map(str, taps.get(name, ()))) or "not seen",
+                )
             )
             for index, (name, module) in enumerate(self._convolutions.items())
         ]
-        self._directory.start({**self._info, "gap_source": str(gap_tap)}, layers)
+        self._directory.update({"gap_source": str(gap_tap), "layers": layers})
         encoder = TraceEncoder(
             self._directory.path,
             self._layers,
@@ -292,12 +338,14 @@ class FilterRecorder:
         self._writer = WriterThread(encoder)
 
     @torch.no_grad()
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        if not self._observer.take_training_pass():
-            raise RecorderError(
-                f"step {self._steps}: no training forward pass of {type(self.model).__name__} came "
-                "before optimizer.step(); give FilterRecorder the module whose forward you call"
-            )
+    def _before_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        arguments: tuple[Any, ...],
+        named_arguments: dict[str, Any],
+    ) -> None:
+        # torch gives the optimizer itself as the first argument of `step`.
+        self._check_step([*arguments[1:], *named_arguments.values()])
         began = time.perf_counter()
         assert self._ring is not None
         row, layout = self._ring.row, self._ring.layout
@@ -315,12 +363,35 @@ class FilterRecorder:
         for name, part in self._layers:
             if name in told.get("clip_factors", ()):
                 row[layout.clip_factors][part] = told["clip_factors"][name]
+        for name in self._unseen:
+            row[layout.activity][self._slices[name]] = torch.nan
+        if self._gap_unseen:
+            row[layout.gap] = torch.nan
+        self._forget_seen()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips the step on the device: only the writer learns of it.
             row[layout.skipped] = found_inf
         self._told = {}
         self._seconds += time.perf_counter() - began
+
+    def _check_step(self, arguments: list[Any]) -> None:
+        """Raise RecorderError for a step whose measurements would be wrong."""
+        step, model = f"step {self._steps}", type(self.model).__name__
+        if any(argument is not None for argument in arguments):
+            raise RecorderError(f"{step}: optimizer.step(closure) cannot be recorded")
+        if not self._observer.take_training_pass():
+            remedy = (
+                "give FilterRecorder the module whose forward you call"
+                if self.model.training
+                else "it is in eval mode, call model.train()"
+            )
+            raise RecorderError(
+                f"{step}: no training forward pass of {model} came before optimizer.step(); "
+                f"{remedy}"
+            )
+        if self._stop_when_diverged and "loss" not in self._told:
+            raise RecorderError(f"{step}: stop_when_diverged needs log(loss=...) at every step")
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
@@ -351,17 +422,20 @@ class FilterRecorder:
     ) -> Tensor:
         """Return the L2 norm of all gradients, from the filters' norms and the other parameters."""
         # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
+        owners = {id(module.weight): name for name, module in self._convolutions.items()}
         norms = [
-            filter_norms[part]
-            for name, part in self._layers
+            filter_norms[self._slices[name]]
+            for name in owners.values()
             if self._convolutions[name].weight.grad is not None
         ]
         others = [
-            parameter.grad
+            parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None and id(parameter) not in self._convolution_ids
         ]
+        if not norms and not others:
+            return filter_norms.new_zeros(())
         if others:
             rest = torch.nn.utils.get_total_norm(others).to(self._device, torch.float32)
             norms.append((rest / scale if scale is not None else rest).reshape(1))

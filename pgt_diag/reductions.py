@@ -26,7 +26,8 @@ def filter_norms(weight: Tensor, out: Tensor) -> Tensor:
     if weight.dtype == torch.float32:
         torch.linalg.vector_norm(weight, dim=dims, out=out)
     else:
-        out.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=torch.float32))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        out.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=dtype))
     small = out < _SAFE_NORM
     if small.any():
         out[small] = torch.linalg.vector_norm(weight[small].double(), dim=dims).float()
@@ -56,4 +57,4 @@ def read_map_and_gap(values: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
         means = shown.mean(spatial, dtype=torch.float32)
         return read_map(values, reading), means.square().sum(0)
     sums = values.sum(spatial, dtype=torch.float32)
-    return sums.sum(0), (sums / values[0, 0].numel()).square().sum(0)
+    return sums.sum(0), (sums / values.shape[2:].numel()).square().sum(0)

@@ -81,6 +81,10 @@ class Ring:
         """The row of the coming step, (width,)."""
         return self._halves[self._half, self._finished]
 
+    def clear(self) -> None:
+        """Make the row of the coming step blank again."""
+        self.row.copy_(self._blank)
+
     def advance(self) -> bool:
         """Finish the row; return whether the half is full and has to be taken."""
         self._finished += 1

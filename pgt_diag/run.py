@@ -1,4 +1,4 @@
-"""The run directory: created and written by a recorder, loaded by anyone who reads it.
+"""A recorded run, loaded by anyone who reads it. `directory` has the writing side.
 
 ```
 runs/<name>/
@@ -12,17 +12,12 @@ runs/<name>/
 ```
 """
 
-import csv
-import io
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,25 +25,13 @@ from numpy.typing import NDArray
 
 from pgt_diag import trace
 from pgt_diag.config import RunConfig
+from pgt_diag.directory import FEATURE_MAPS_FOLDER, METRICS_FILE, RUN_FILE, SCHEMA_VERSION
 from pgt_diag.encoder import SCALARS, resolve_events
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.filters import EVENT_KINDS
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import Tensor
-
-SCHEMA_VERSION = 1
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.csv"
-FEATURE_MAPS_FOLDER = "feature_maps"
-_OWN_FOLDERS = (
-    trace.NORMS_FOLDER,
-    trace.ITERATIONS_FOLDER,
-    trace.EVENTS_FOLDER,
-    FEATURE_MAPS_FOLDER,
-)
-_OWN_FILES = (RUN_FILE, METRICS_FILE, trace.EVENTS_FILE, trace.BRIEF_SPELLS_FILE)
 
 
 @dataclass(frozen=True)
@@ -75,102 +58,6 @@ class FeatureMaps:
     maps: NDArray[np.float32]
     images: NDArray[np.uint8]
     labels: tuple[str, ...]
-
-
-def now() -> str:
-    """Return the time, in UTC, as ISO text."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class RunDirectory:
-    """The writing side of a run directory, but for the trace, which its encoder writes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._info: dict[str, Any] = {}
-        self._metrics_columns: list[str] = []
-
-    @classmethod
-    def create(cls, path: Path, *, force: bool = False) -> Self:
-        """Create the directory; with `force`, delete the run that it holds, and only that.
-
-        Raises RunDirectoryError when it holds a run, or anything else, already.
-        """
-        check_vacant(path, force=force)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name in _OWN_FOLDERS:
-                if (path / name).exists():
-                    shutil.rmtree(path / name)
-            for name in _OWN_FILES:
-                (path / name).unlink(missing_ok=True)
-            directory = cls(path)
-            directory.update({"schema_version": SCHEMA_VERSION, "created": now()})
-        except OSError as error:
-            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
-        return directory
-
-    def update(self, values: dict[str, Any]) -> None:
-        """Merge `values` into run.json, atomically."""
-        self._info |= values
-        text = json.dumps(self._info, indent=2, ensure_ascii=False, default=str) + "\n"
-        trace.write_atomically(self.path / RUN_FILE, lambda path: _write_text(path, text))
-
-    def start(self, info: dict[str, Any], layers: list[Layer]) -> None:
-        """Describe the run, once its layers are known."""
-        self.update({"status": "running", "message": None, **info})
-        self.update({"layers": [asdict(layer) for layer in layers]})
-
-    def finish(self, status: str, message: str | None = None) -> None:
-        """Record how the run ended."""
-        self.update({"status": status, "message": message, "ended": now()})
-
-    def append_metrics(self, values: dict[str, Any]) -> None:
-        """Append an epoch's row to metrics.csv; the first row's keys are the columns."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self._metrics_columns or list(values), lineterminator="\n")
-        if not self._metrics_columns:
-            self._metrics_columns = list(values)
-            writer.writeheader()
-        writer.writerow(values)
-        with (self.path / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-
-    def write_feature_maps(
-        self, iteration: int, layer: str, maps: "Tensor", images: "Tensor", labels: list[str]
-    ) -> None:
-        """Store one snapshot: maps (n, C, H, W) float, images (n, 3, H', W') uint8."""
-        folder = self.path / FEATURE_MAPS_FOLDER
-        folder.mkdir(exist_ok=True)
-
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    iteration=np.int64(iteration),
-                    layer=np.asarray(layer),
-                    maps=maps.float().cpu().numpy(),
-                    images=images.cpu().numpy(),
-                    labels=np.asarray(labels),
-                )
-
-        trace.write_atomically(folder / f"iteration-{iteration:012d}.npz", write)
-
-
-def check_vacant(path: Path, *, force: bool = False) -> None:
-    """Raise RunDirectoryError unless a run can be created at `path`."""
-    if path.exists() and not path.is_dir():
-        raise RunDirectoryError(f"{path}: is a file; name a directory for the run")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not (path / RUN_FILE).exists():
-        raise RunDirectoryError(f"{path}: holds other files; name an empty or new directory")
-    if not force:
-        raise RunDirectoryError(
-            f"{path}: already holds a run; name another directory, or replace it with --force"
-        )
 
 
 class Run:
@@ -336,7 +223,10 @@ class Run:
         extreme = trace.column_name(f"{quantity}_{window}", layer)
         wanted = ["iteration", value] + ([extreme] if window else [])
         tables = trace.read_parts(self.path / trace.NORMS_FOLDER, wanted)
-        width = 0 if layer is None else self._layers[layer].filters
+        # A run of NaN alone is not stored: its width is that of the parts that have the column.
+        widths = [table[value].type.list_size for table in tables if value in table.column_names]
+        width = widths[0] if layer is None and widths else 0
+        width = width if layer is None else self._layers[layer].filters
         parts, numbers = [], []
         for table in tables:
             # Where every iteration is stored, a window is that iteration alone.
@@ -377,10 +267,6 @@ def find_runs(path: Path) -> Iterator[Path]:
         yield path
     elif path.is_dir():
         yield from sorted(child for child in path.iterdir() if (child / RUN_FILE).exists())
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _read_info(path: Path) -> dict[str, Any]:

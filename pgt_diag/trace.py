@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pgt_diag.errors import RunDirectoryError
+from pgt_diag.errors import RunDirectoryError, storage_error
 
 NORMS_FOLDER = "trace"
 ITERATIONS_FOLDER = "iterations"
@@ -62,17 +62,23 @@ def matrix(column: pa.ChunkedArray) -> NDArray[Any]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, put it on disk, and only then give it its name."""
+    """Let `write` fill a temporary file, put it on disk, and only then give it its name.
+
+    Raises what `storage_error` returns when the disk is full or the folder cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise storage_error(path, error) from error
 
 
 def write_table(path: Path, table: pa.Table) -> None:

@@ -18,13 +18,13 @@ from pgt_diag.activations import convolutions
 from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import Amp, Device, RunConfig
 from pgt_diag.data import load_data
+from pgt_diag.directory import check_vacant
 from pgt_diag.encoder import STORED_ROWS
 from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.models import build_model
 from pgt_diag.powergrad import PowerGradCrossEntropyLoss
 from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.recorder import FilterRecorder, Status
-from pgt_diag.run import check_vacant
 from pgt_diag.schedules import learning_rate
 
 
@@ -114,6 +114,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+_REMEDY = "try a lower lr, a longer warmup_epochs, or method gc or agc"
+
+
 class _Session:
     """The objects of one run."""
 
@@ -147,7 +150,7 @@ class _Session:
             stem=config.stem,
         )
         layers = len(convolutions(model))
-        if config.feature_map_layer >= layers:
+        if config.feature_map_layer is not None and config.feature_map_layer >= layers:
             raise ConfigurationError(
                 f"feature_map_layer is {config.feature_map_layer}; {config.model} has "
                 f"{layers} convolutions, counted from 0"
@@ -209,7 +212,7 @@ class _Session:
             raise
         finally:
             self.recorder.close(status, message)
-        return self.recorder.path
+        return self.directory
 
     def plan(self) -> Plan:
         return Plan(
@@ -240,7 +243,14 @@ class _Session:
                 listener.iterated(meter.progress(epoch, self.recorder))
             metrics = meter.finish_epoch(sums, self.recorder)
             self.recorder.flush()
+            self._check_divergence()
             test_loss, test_accuracy = self._evaluate()
+            if not math.isfinite(test_loss):
+                last = self.recorder.iterations - 1
+                raise DivergedError(
+                    f"the test loss is NaN or infinite after iteration {last}; iterations 0 to "
+                    f"{last} are recorded in {self.directory}; {_REMEDY}"
+                )
             row = {
                 "epoch": epoch,
                 "iteration": self.recorder.iterations,
@@ -330,14 +340,17 @@ class _Session:
         recorded = f"iterations 0 to {iteration - 1} are" if iteration else "nothing is"
         return DivergedError(
             f"the loss became NaN or infinite at iteration {iteration}; {recorded} recorded in "
-            f"{self.directory}; try a lower lr, a longer warmup_epochs, or method gc or agc"
+            f"{self.directory}; {_REMEDY}"
         )
 
     def _snapshot(self) -> None:
         config = self.config
         images, originals, target = self.data.sample_images(config.feature_map_images)
         labels = [self.data.classes[index] for index in target.tolist()]
-        self.recorder.snapshot(config.feature_map_layer, images, originals, labels)
+        layer = config.feature_map_layer
+        if layer is None:
+            layer = min(1, len(convolutions(self.model)) - 1)
+        self.recorder.snapshot(layer, images, originals, labels)
 
     def _snapshot_iterations(self) -> list[int]:
         """Spread the snapshots quadratically from start to end: filters die early."""

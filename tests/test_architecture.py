@@ -50,7 +50,7 @@ def test_help_loads_neither_torch_nor_pandas_nor_plotly() -> None:
 
 
 def test_a_mistyped_option_is_answered_without_loading_torch() -> None:
-    code = "from commands.app import main; assert main(['train', '--alpha', '7']) == 2"
+    code = "from commands.app import main; assert main(['train', '--lr', '-7']) == 2"
     assert "torch" not in loaded_after(code)
 
 

@@ -63,6 +63,15 @@ def test_options_go_before_the_file_and_the_file_before_the_preset(tmp_path: Pat
     assert config.epochs == PRESETS[Preset.FASHION]["epochs"]
 
 
+def test_a_preset_fits_the_model_and_the_length_it_is_given() -> None:
+    assert compose(None, {}, {})[0].stem == "small"
+    assert compose(None, {}, {"model": "vgg11"})[0].stem == "imagenet"
+    assert compose(None, {}, {"model": "vgg11", "stem": "small"})[0].stem == "small"
+    assert compose(None, {}, {"epochs": 2})[0].warmup_epochs == 1.0
+    with pytest.raises(ConfigurationError, match=r"warmup_epochs is 4\.0, more than"):
+        compose(None, {}, {"epochs": 2, "warmup_epochs": 4.0})
+
+
 def test_the_data_set_chooses_the_preset_when_none_is_named() -> None:
     assert compose(None, {}, {})[1] is Preset.SMOKE
     assert compose(None, {"dataset": "imagefolder"}, {})[1] is Preset.PAPER

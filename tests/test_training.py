@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 import pgt_diag
 from pgt_diag import training
-from pgt_diag.config import Amp, DatasetName, Device, Method, Norm, RunConfig
+from pgt_diag.config import (
+    Amp,
+    DatasetName,
+    Device,
+    Method,
+    Norm,
+    Preset,
+    RunConfig,
+    compose,
+)
 from pgt_diag.data import load_data
 from pgt_diag.errors import ConfigurationError, DataError, DivergedError, RunDirectoryError
 from pgt_diag.models import build_model
@@ -62,7 +71,8 @@ def reference_run(config: RunConfig) -> tuple[dict[str, Tensor], float]:
     for epoch in range(config.epochs):
         for images, target in data.train_batches(epoch):
             alpha = config.alpha if config.method.uses_pgt else 1.0
-            loss = F.cross_entropy(alpha * model(images), target) / alpha
+            smoothing = config.label_smoothing
+            loss = F.cross_entropy(alpha * model(images), target, label_smoothing=smoothing) / alpha
             model.zero_grad()
             loss.backward()
             if config.method.uses_gc:
@@ -75,7 +85,8 @@ def reference_run(config: RunConfig) -> tuple[dict[str, Tensor], float]:
                     decay = config.weight_decay if parameter.ndim > 1 else 0.0
                     gradient = parameter.grad + decay * parameter
                     momentum[name] = config.momentum * momentum[name] + gradient
-                    parameter -= lr * (gradient + config.momentum * momentum[name])
+                    nesterov = gradient + config.momentum * momentum[name]
+                    parameter -= lr * nesterov
             iteration += 1
     model.eval()
     with torch.no_grad():
@@ -97,11 +108,20 @@ def built_models(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     return models
 
 
-@pytest.mark.parametrize("method", Method)
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{str(method): {"method": method, "clip_norm": 0.5} for method in Method},
+    "nothing to clip": {"method": Method.GC, "clip_norm": 1e6},
+    "a floor above every filter": {"method": Method.AGC, "agc_eps": 5.0},
+    "smoothed labels": {"method": Method.PGT, "label_smoothing": 0.2},
+    "no momentum": {"momentum": 0.0, "nesterov": False},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_every_method_trains_as_the_loop_written_out(
-    method: Method, tmp_path: Path, built_models: list[nn.Module]
+    variant: str, tmp_path: Path, built_models: list[nn.Module]
 ) -> None:
-    config = tiny(method=method, clip_norm=0.5, weight_decay=0.05)
+    config = tiny(**VARIANTS[variant], weight_decay=0.05)
     training.train(config, tmp_path / "run")
     weights, accuracy = reference_run(config)
     torch.manual_seed(config.seed)
@@ -115,6 +135,7 @@ def test_every_method_trains_as_the_loop_written_out(
     assert run.iteration_count == 8
     assert run.metrics["epoch"].tolist() == [0, 1]
     assert run.metrics["iteration"].tolist() == [4, 8]
+    assert run.iterations["accuracy"].isin(np.arange(17) / 16 * 100).all()
     assert run.config == config
 
 
@@ -182,6 +203,24 @@ def test_divergence_that_the_device_notices_late_records_nothing_after_it(
     assert np.isfinite(run.iterations["loss"]).all()
 
 
+def test_divergence_in_the_last_iterations_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.math, "isfinite", lambda _: True)
+    monkeypatch.setattr("pgt_diag.recorder._HANDOVER_SECONDS", 1e9)
+    with pytest.raises(DivergedError, match="at iteration"):
+        training.train(tiny(lr=1e6, warmup_epochs=0.0), tmp_path / "run")
+    assert pgt_diag.load_run(tmp_path / "run").status == "diverged"
+
+
+def test_weights_that_the_last_step_destroyed_are_a_divergence(tmp_path: Path) -> None:
+    config = tiny(lr=1e30, warmup_epochs=0.0, epochs=1, batch_size=64)
+    with pytest.raises(DivergedError, match="test loss is NaN or infinite after iteration 0"):
+        training.train(config, tmp_path / "run")
+    run = pgt_diag.load_run(tmp_path / "run")
+    assert (run.status, run.iteration_count) == ("diverged", 1)
+
+
 class Interrupting(Listener):
     def iterated(self, progress: Progress) -> None:
         if progress.iteration == 6:
@@ -215,6 +254,8 @@ def test_progress_and_epochs_are_reported_to_the_listener(tmp_path: Path) -> Non
     training.train(tiny(), tmp_path / "run", listener=listener)
     assert [progress.iteration for progress in listener.iterations] == list(range(1, 9))
     assert listener.iterations[-1].seconds_left == 0
+    halfway = listener.iterations[3]
+    assert halfway.seconds_left == pytest.approx(16 * 4 / halfway.images_per_second)
     assert (listener.plan.iterations, listener.plan.filters) == (8, 4800)
     assert [row["epoch"] for row in listener.epochs] == [0, 1]
 
@@ -238,7 +279,7 @@ def test_snapshots_do_not_change_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ["squeezenet1_1", "mobilenet_v3_small"])
 def test_other_torchvision_networks_train(model: str, tmp_path: Path) -> None:
     small = {"image_size": 64, "batch_size": 8, "synthetic_images": 16, "epochs": 1}
-    config = tiny(model=model, method=Method.AGC, **small)
+    config, _ = compose(Preset.SMOKE, {}, {**TINY, "model": model, "method": "agc", **small})
     training.train(config, tmp_path / "run")
     run = pgt_diag.load_run(tmp_path / "run")
     assert run.iteration_count == 2
