@@ -7,8 +7,9 @@ import typer
 from typer.core import TyperGroup
 
 import pgt_diag
-from commands import report, train
+from commands import report, show, train, watch
 from pgt_diag.errors import PgtDiagError
+from pgt_diag.text import printable
 
 USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 """ClickException, base of the errors in how a command was typed; typer keeps it to itself."""
@@ -41,7 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, report):
+for command in (train, report, show, watch):
     app.command(epilog=command.EPILOG)(getattr(command, command.__name__.rpartition(".")[2]))
 
 
@@ -78,5 +79,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(message.replace("Value error, ", "").split())
-    print(f"pgt-diag: error: {line}", file=sys.stderr)
+    print(f"pgt-diag: error: {printable(line, 2000)}", file=sys.stderr)
     return code

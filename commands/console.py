@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from pgt_diag.config import Preset
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
+from pgt_diag.text import printable
 
 _LINE_SECONDS = 10.0
 
@@ -121,7 +122,7 @@ class TrainingConsole(Listener):
 
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()
-        self._console.print(escape(text))
+        self._console.print(escape(printable(text, 2000)))
 
 
 def _numbers(progress: TrainingProgress) -> str:

@@ -1,60 +1,244 @@
-"""`pgt-diag report`: turn run directories into one HTML file."""
+"""`pgt-diag report`: turn run directories into one HTML file, or into Table 2 alone."""
 
 import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from pgt_diag.errors import ConfigurationError, RunDirectoryError
+from pgt_diag.errors import ConfigurationError, PgtDiagError
+
+if TYPE_CHECKING:
+    from pgt_diag.run import Run
 
 EPILOG = """\b
 Examples:
   pgt-diag report runs/baseline runs/pgt          writes report.html
-  pgt-diag report runs -o table2.html --open      every run in a folder
+  pgt-diag report runs -o all.html --open         every run in a folder
   pgt-diag report runs/pgt --layers 0,5,layer4.1.conv2
+  pgt-diag report runs/pgt --watch                rebuilt while the run goes on
+  pgt-diag report runs --format latex -o -        Table 2 to standard output
+  pgt-diag report --demo --open                   a made-up report, without any run
+
+An existing report of pgt-diag's is replaced; any other file only with --force.
 """
 
 
+class Format(StrEnum):
+    """What is written: the page, or Table 2 as text."""
+
+    HTML = "html"
+    LATEX = "latex"
+    CSV = "csv"
+    JSON = "json"
+
+
+_DEFAULT_NAMES = {
+    Format.HTML: "report.html",
+    Format.LATEX: "table2.tex",
+    Format.CSV: "table2.csv",
+    Format.JSON: "table2.json",
+}
+_STDOUT = Path("-")
+
+
 def report(
-    runs: list[Path] = typer.Argument(help="Run directories, or folders of them."),
-    output: Path = typer.Option("report.html", "--output", "-o", help="File to write."),
+    runs: list[Path] = typer.Argument(
+        None, help="Run directories, or folders of them.", show_default=False
+    ),
+    output: Path | None = typer.Option(
+        None,
+        "--output",
+        "-o",
+        help="File to write; '-' is standard output. By default report.html, or table2 with the "
+        "format's ending.",
+        show_default=False,
+    ),
+    file_format: Format | None = typer.Option(
+        None,
+        "--format",
+        help="The page, or Table 2 alone; by default what --output ends in, else html.",
+        show_default=False,
+    ),
     layers: str | None = typer.Option(
         None, help="Layers of Fig. 3, by the paper's index or by name; by default 11 and 19."
     ),
-    open_page: bool = typer.Option(False, "--open", help="Open the report in the browser."),
+    title: str | None = typer.Option(None, help="Title of the page; by default the runs' names."),
+    watch: bool = typer.Option(
+        False, "--watch", help="Rebuild while runs go on, until all have ended."
+    ),
+    interval: float = typer.Option(10.0, min=0.1, help="--watch: seconds between two looks."),
+    demo: bool = typer.Option(False, "--demo", help="A page of made-up runs; give no RUNS."),
+    open_page: bool = typer.Option(False, "--open", help="Open the page in the browser."),
+    force: bool = typer.Option(
+        False, "--force", help="Replace a file that is no report of pgt-diag's."
+    ),
 ) -> None:
     """Turn runs into one HTML file: verdict, filter norms, feature maps, Table 2."""
+    chosen = _format(file_format, output)
+    target = output or Path(_DEFAULT_NAMES[chosen])
+    _check_together(runs or [], chosen, target, demo=demo, watch=watch, open_page=open_page)
+    wanted = _layers(layers)
     # Late, so that a mistyped option is answered before pandas and plotly are loaded.
-    from pgt_diag.run import find_runs, load_run
-    from reports.page import build_page
-    from reports.panels import DEFAULT_LAYERS
+    from reports.output import check_output
 
-    paths = [found for path in runs for found in _found(path, list(find_runs(path)))]
-    unique = list(dict.fromkeys(path.resolve() for path in paths))
-    if output.is_dir():
-        raise ConfigurationError(f"--output {output}: is a folder; name a file")
-    page = build_page(
-        [load_run(path) for path in unique],
-        layers=DEFAULT_LAYERS if layers is None else _layers(layers),
-    )
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"--output {output}: {error.strerror}") from None
-    size = output.stat().st_size / 1e6
-    print(f"{output} ({size:.1f} MB, {len(unique)} run{'s'[: len(unique) != 1]})")
-    if open_page and typer.launch(output.resolve().as_uri()):
-        print(f"no browser to open {output} with", file=sys.stderr)
+    if target != _STDOUT:
+        check_output(target, force=force)
+    if demo:
+        from reports.demo import demo_runs
+        from reports.page import build_page
+
+        _write(target, build_page(demo_runs(), title=title, layers=wanted), "made-up runs")
+    elif watch:
+        _Watch(runs, target, _renderer(chosen, wanted, title), interval).until_all_ended(open_page)
+        return
+    else:
+        loaded = _load(runs)
+        _write(target, _renderer(chosen, wanted, title)(loaded), _plural(len(loaded), "run"))
+    if open_page:
+        _open(target)
 
 
-def _found(path: Path, runs: list[Path]) -> list[Path]:
-    if not runs:
-        reason = "no run here, nor in its folders" if path.exists() else "no such directory"
-        raise RunDirectoryError(f"{path}: {reason}")
-    return runs
+def _check_together(
+    runs: list[Path], chosen: Format, target: Path, *, demo: bool, watch: bool, open_page: bool
+) -> None:
+    """Raise ConfigurationError for options that do not go together."""
+    if demo and (runs or watch or chosen is not Format.HTML):
+        other = "RUNS" if runs else "--watch" if watch else f"--format {chosen}"
+        raise ConfigurationError(f"--demo makes up a page of its own: leave {other} away")
+    if not runs and not demo:
+        raise ConfigurationError("RUNS is missing: name run directories, or use --demo")
+    if target == _STDOUT and (chosen is Format.HTML or watch):
+        other = "--watch" if watch else "a page; choose --format latex, csv or json"
+        raise ConfigurationError(f"--output -: standard output is not for {other}")
+    if open_page and chosen is not Format.HTML:
+        raise ConfigurationError(f"--open opens a page, not --format {chosen}: leave one away")
 
 
-def _layers(text: str) -> list[int | str]:
+def _format(given: Format | None, output: Path | None) -> Format:
+    if given is not None or output is None:
+        return given or Format.HTML
+    endings = {Path(name).suffix: chosen for chosen, name in _DEFAULT_NAMES.items()}
+    return endings.get(output.suffix.lower(), Format.HTML)
+
+
+def _layers(text: str | None) -> list[int | str] | None:
+    if text is None:
+        return None
     names = [part.strip() for part in text.split(",") if part.strip()]
+    if not names:
+        raise ConfigurationError(f"--layers is {text!r}; name layers, separated by commas")
     return [int(name) if name.isdecimal() else name for name in names]
+
+
+def _renderer(
+    chosen: Format, wanted: list[int | str] | None, title: str | None
+) -> "Callable[[list[Run]], str]":
+    """Return the function from runs to the text of the file."""
+    if chosen is Format.HTML:
+        from reports.page import build_page
+
+        return lambda runs: build_page(runs, title=title, layers=wanted)
+    from reports.exports import export_table2
+
+    return lambda runs: export_table2(runs, chosen.value)
+
+
+def _load(paths: list[Path]) -> "list[Run]":
+    from commands.terminal import find_all
+    from pgt_diag.run import load_run
+
+    return [load_run(path) for path in find_all(paths)]
+
+
+def _write(target: Path, text: str, said: str) -> None:
+    """Write the file and say so in one line."""
+    from commands import terminal
+    from reports.output import write_output
+
+    if target == _STDOUT:
+        terminal.write_out(text)
+        return
+    write_output(target, text)
+    size = len(text.encode("utf-8", "replace"))
+    shown = f"{size / 1e6:.1f} MB" if size >= 50_000 else f"{size / 1e3:.1f} kB"
+    terminal.say(f"{target} ({shown}, {said})")
+
+
+def _open(target: Path) -> None:
+    from commands.terminal import say
+
+    if typer.launch(target.resolve().as_uri()):
+        say(f"no browser to open {target} with", stderr=True)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s'[: count != 1]}"
+
+
+class _Watch:
+    """Rebuilds a report while its runs go on."""
+
+    def __init__(
+        self,
+        paths: list[Path],
+        target: Path,
+        render: "Callable[[list[Run]], str]",
+        interval: float,
+    ) -> None:
+        self._paths = paths
+        self._target = target
+        self._render = render
+        self._interval = interval
+        self._built: dict[Path, float] = {}
+        self._warned: set[Path] = set()
+
+    def until_all_ended(self, open_page: bool) -> None:
+        """Build at once, and again whenever something new is on disk.
+
+        Runs that appear in a folder meanwhile join. Raises what the first build raises; a later
+        one that fails is told, and tried again.
+        """
+        running = self._rebuild()
+        if open_page:
+            _open(self._target)
+        while running:
+            time.sleep(self._interval)
+            try:
+                running = self._rebuild()
+            except PgtDiagError as error:
+                print(f"not rebuilt: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+    def _rebuild(self) -> int:
+        """Build if something is new; return how many runs still go on."""
+        from commands.terminal import find_all
+        from pgt_diag.run import load_run
+        from reports.follow import last_write
+
+        written = {path: last_write(path) for path in find_all(self._paths)}
+        loaded = [load_run(path) for path in written]
+        running = [run for run in loaded if run.status == "running"]
+        if written != self._built:
+            iterations = _plural(max(run.iteration_count for run in loaded), "iteration")
+            going = f"{len(running)} still running" if running else "all ended"
+            said = f"{_plural(len(loaded), 'run')}, {iterations}, {going}"
+            _write(self._target, self._render(loaded), said)
+            self._built = written
+        self._warn_of_silence(running)
+        return len(running)
+
+    def _warn_of_silence(self, running: "list[Run]") -> None:
+        """Say once that a run has stopped writing: killed, it would be waited for for ever."""
+        from commands.terminal import say
+        from reports.follow import STALL_SECONDS
+
+        now = time.time()
+        silent = {run.path: now - self._built[run.path] for run in running}
+        silent = {path: seconds for path, seconds in silent.items() if seconds > STALL_SECONDS}
+        for path, seconds in silent.items():
+            if path not in self._warned:
+                say(f"{path}: no new data since {seconds:,.0f} s; still waiting, Ctrl-C ends")
+        self._warned = set(silent)

@@ -173,7 +173,7 @@ class DemoRun:
         seconds = np.full(epochs, 72.0)
         return pd.DataFrame(
             {
-                "epoch": epoch,
+                "epoch": epoch - 1,
                 "iteration": epoch * self.iteration_count // epochs,
                 "train_loss": loss,
                 "train_accuracy": (70.0 - 3.6 * self.mortality) * shape + noise[0],

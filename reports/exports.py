@@ -8,9 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from pgt_diag import __version__
 from reports.source import Run
 from reports.tables import table2
 from reports.text import METHOD_NAMES
+
+LATEX_MARK = "% Table 2, made by pgt-diag"
 
 
 class TableFormat(StrEnum):
@@ -20,6 +23,8 @@ class TableFormat(StrEnum):
     JSON = "json"
     LATEX = "latex"
 
+
+_TEXTS = ("setting", "method", "variant", "note")
 
 _LATEX_SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -38,25 +43,37 @@ def export_table2(runs: Sequence[Run], table_format: TableFormat | str) -> str:
     table = table2(runs)
     match TableFormat(table_format):
         case TableFormat.CSV:
-            return table.assign(setting=table["setting"].map(_no_formula)).to_csv(index=False)
+            texts = {name: table[name].map(_no_formula) for name in _TEXTS}
+            return table.assign(**texts).to_csv(index=False)
         case TableFormat.JSON:
-            records = table.astype(object).where(table.notna(), None).to_dict("records")
-            return json.dumps(records, indent=2, ensure_ascii=False, default=_plain) + "\n"
+            return json.dumps(plain_records(table), indent=2, allow_nan=False) + "\n"
         case TableFormat.LATEX:
             return _latex(table)
 
 
 def _no_formula(text: object) -> object:
     """Keep a spreadsheet from running a name that begins like a formula."""
-    return f"'{text}" if isinstance(text, str) and text[:1] in "=+-@\t\r" else text
+    return f"'{text}" if isinstance(text, str) and text.startswith(tuple("=+-@\t\r")) else text
 
 
-def _plain(value: object) -> object:
-    return value.item() if hasattr(value, "item") else str(value)
+def plain_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a table's rows as JSON takes them: plain Python values, None for what is missing."""
+    return [
+        {str(name): _plain(value) for name, value in row.items()}
+        for row in table.astype(object).to_dict("records")
+    ]
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value is pd.NA:
+        return None
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _latex(table: pd.DataFrame) -> str:
     lines = [
+        f"{LATEX_MARK} {__version__}; needs the packages booktabs and xcolor",
         r"\begin{tabular}{rlrrrrr}",
         r"\toprule",
         r"Batch & Method & $\alpha$ & Train (\%) & Diff. & Test (\%) & Diff. \\",
@@ -69,9 +86,10 @@ def _latex(table: pd.DataFrame) -> str:
             lines.append(r"\midrule")
         setting, batch = row["setting"], row["batch_size"]
         known = {str(method): name for method, name in METHOD_NAMES.items()}
+        variant = f" ({row['variant']})" if row["variant"] else ""
         cells = [
             "--" if pd.isna(batch) else str(batch),
-            _escaped(known.get(str(row["method"]), row["method"])),
+            _escaped(known.get(str(row["method"]), row["method"]) + variant),
             "--" if pd.isna(row["alpha"]) else f"{row['alpha']:g}",
             _marked(row["train_accuracy"], row["train_spread"], row["best_train_accuracy"], "red"),
             _difference(row, "train"),

@@ -31,7 +31,7 @@ def learning_curves(summaries: Sequence[RunSummary], column: str) -> go.Figure:
                 continue
             few = len(metrics) <= 40
             figure.add_scatter(
-                x=metrics["epoch"],
+                x=metrics["epoch"] + 1,
                 y=metrics[name],
                 name=f"{plotly_text(summary.label)}, {part}",
                 mode="lines+markers" if few and part == "test" else "lines",
@@ -150,44 +150,40 @@ def panel_axes(panel: Panel, last_iteration: int) -> go.Figure:
     The page draws the lines on a canvas beneath, since plotly's own would take ten times as long.
     Gridlines stay off: they would be drawn over the canvas.
     """
-    figure = _figure("iteration", "L2 norm")
-    figure.update_layout(
-        margin={"l": 54, "r": 10, "t": 6, "b": 40},
-        hovermode=False,
-        showlegend=False,
-        dragmode="zoom",
-        yaxis2={
-            "overlaying": "y",
-            "range": [0, 1],
-            "automargin": False,
-            "fixedrange": True,
-            "visible": False,
-            "showgrid": False,
-        },
-    )
     # Fixed margins: the page places the canvas before plotly has measured any label.
     bare = {"showgrid": False, "zeroline": False, "automargin": False}
-    figure.update_layout(
-        xaxis={"range": [0, max(1, last_iteration)], **bare},
-        yaxis={"range": panel_range(panel), **bare},
-    )
-    # plotly makes no axis without a trace on it; this one stands for the lines on the canvas.
-    figure.add_scatter(x=[None], y=[None], name="lines", mode="lines")
+    hidden = {"overlaying": "y", "range": [0, 1], "fixedrange": True, "visible": False}
     marks = (
         ("died", panel.deaths["iteration"], "line-ns-open", 11),
         ("revived", panel.deaths["revival_iteration"].dropna(), "triangle-up-open", 8),
     )
-    for name, instants, symbol, size in marks:
-        figure.add_scatter(
-            x=instants.astype(int).tolist(),
-            y=[0.018] * len(instants),
-            yaxis="y2",
-            name=name,
-            mode="markers",
-            marker={"symbol": symbol, "size": size, "line": {"width": 1}},
-            cliponaxis=False,
-        )
-    return figure
+    rug = [
+        {
+            "x": instants.astype(int).tolist(),
+            "y": [0.018] * len(instants),
+            "yaxis": "y2",
+            "name": name,
+            "mode": "markers",
+            "marker": {"symbol": symbol, "size": size, "line": {"width": 1}},
+            "cliponaxis": False,
+        }
+        for name, instants, symbol, size in marks
+    ]
+    # plotly makes no axis without a trace on it; the first stands for the lines on the canvas.
+    # All at once: a page has hundreds of panels, and plotly's updates are slow.
+    return go.Figure(
+        data=[{"x": [None], "y": [None], "name": "lines", "mode": "lines"}, *rug],
+        layout={
+            "template": "none",
+            "margin": {"l": 54, "r": 10, "t": 6, "b": 40},
+            "hovermode": False,
+            "showlegend": False,
+            "dragmode": "zoom",
+            "xaxis": _axis("iteration") | bare | {"range": [0, max(1, last_iteration)]},
+            "yaxis": _axis("L2 norm") | bare | {"range": panel_range(panel)},
+            "yaxis2": bare | hidden,
+        },
+    )
 
 
 def panel_range(panel: Panel) -> list[float]:
@@ -215,14 +211,24 @@ def bucketed(series: pd.Series, buckets: int = BUCKETS, mean: bool = False) -> p
 def _figure(x: str, y: str) -> go.Figure:
     return go.Figure(
         layout={
-            "template": None,
+            # Not plotly's default, which would add 6 kB of colours to every figure.
+            "template": "none",
             "margin": {"l": 56, "r": 14, "t": 10, "b": 44},
-            "xaxis": {"title": {"text": x, "standoff": 8}, "zeroline": False, "tickangle": 0},
-            "yaxis": {"title": {"text": y, "standoff": 8}, "zeroline": False},
+            "xaxis": _axis(x),
+            "yaxis": _axis(y),
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
             "hovermode": "x unified",
         }
     )
+
+
+def _axis(title: str) -> dict[str, object]:
+    return {
+        "title": {"text": title, "standoff": 8},
+        "zeroline": False,
+        "automargin": True,
+        "tickangle": 0,
+    }
 
 
 def _colour(place: int) -> str:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from pgt_diag import __version__
 from reports import records, sections
 from reports.demo import DemoRun
 from reports.panels import DEFAULT_LAYERS
@@ -16,6 +17,8 @@ from reports.source import Run
 from reports.summary import summarise
 from reports.text import json_island, plural, printable
 from reports.verdict import verdict
+
+GENERATOR = f"pgt-diag {__version__}"
 
 SCRIPTS = ("lines.js", "theme.js", "panels.js", "report.js")
 
@@ -35,21 +38,23 @@ CONTENTS = (
 def build_page(
     runs: Sequence[Run],
     *,
-    layers: Sequence[int | str] = DEFAULT_LAYERS,
+    layers: Sequence[int | str] | None = None,
     title: str | None = None,
     other_layers: bool = True,
 ) -> str:
     """Return the report on these runs as one complete HTML document.
 
-    layers: the convolutions of Fig. 3, by the paper's index or by name; `other_layers` adds all
-    others behind a fold, which about doubles the size of the file. The document makes no
-    request, carries its own policy against any, and escapes every string that came with the runs.
+    layers: the convolutions of Fig. 3, by the paper's index or by name, by default 11 and 19;
+    `other_layers` adds all others behind a fold, which about doubles the size of the file. The
+    document makes no request, carries its own policy against any, and escapes every string that
+    came with the runs.
     Raises ConfigurationError when no run has one of the layers.
     """
     summaries = summarise(runs)
     islands: dict[str, object] = {}
-    page = sections.figure3(summaries, layers, islands, other_layers=other_layers)
+    page = sections.figure3(summaries, layers or DEFAULT_LAYERS, islands, other_layers=other_layers)
     page |= {
+        "generator": GENERATOR,
         "title": printable(title or _title([each.label for each in summaries]), 160),
         "subtitle": _subtitle(runs),
         "demo": any(isinstance(run, DemoRun) for run in runs),

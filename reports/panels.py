@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.filters import EVENT_KINDS, death_window
 from reports.lines import PackedLines, pack, thin
 from reports.source import Layer
 from reports.summary import RunSummary
+from reports.text import printable
 
 DEFAULT_LAYERS: tuple[int | str, ...] = (11, 19)
 """The layers of the paper's Fig. 3, counted from 0 over all convolutions."""
@@ -28,8 +30,9 @@ FOLD_ROWS, FOLD_BYTES = 400, 2_800_000
 LEAST_ROWS = 60
 """Fewest rows of a panel, however many runs there are."""
 
-MAX_EVENTS = 4000
-"""Most events a panel carries for its hover texts; the longest are kept."""
+MAX_EVENTS = 25_000
+"""Most events the panels carry for their hover texts, and those behind the fold as many again; the
+longest are kept."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Panel:
 
     norms: index iteration, a column per filter. deaths: filter, iteration, revival_iteration,
     cause. events: kind, filter, start_iteration, end_iteration. `top` and `bottom`, the largest
-    and the smallest norm, are shared by a row's panels.
+    and the smallest norm, are shared by a row's panels. `cut` says that events were left out,
+    `apart` that the run diverged and the panel has a range of its own.
     """
 
     letter: str
@@ -51,6 +55,8 @@ class Panel:
     top: float = 1.0
     bottom: float = 0.0
     message: str = ""
+    cut: bool = False
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def fig3(
             raise ConfigurationError(_no_such_layer(wanted[place], summaries))
         rows.append([_layer_panel(i, s, chosen[i], most) for i, s in enumerate(summaries)])
     rows.append([_gap_panel(i, summary, most) for i, summary in enumerate(summaries)])
-    return _lettered(rows)
+    return _lettered(_with_longest_events(rows, MAX_EVENTS))
 
 
 def other_layers(
@@ -123,7 +129,7 @@ def other_layers(
         row = [_layer_panel(i, s, chosen[i], most) for i, s in enumerate(summaries)]
         if not have & {panel.subject for panel in row}:
             rows.append(_shared_range(row))
-    return rows
+    return _with_longest_events(rows, MAX_EVENTS)
 
 
 def pack_panels(
@@ -177,9 +183,10 @@ def _layer_panel(run: int, summary: RunSummary, layer: Layer | None, rows: int) 
         unit="filter",
         norms=thin(norms, rows, lowest),
         deaths=deaths[["filter", "iteration", "revival_iteration", "cause"]],
-        events=_longest(events[events["layer"] == layer.name], summary.run.iteration_count),
+        events=_hovered(events[events["layer"] == layer.name]),
         top=_highest(norms),
         bottom=_lowest(norms),
+        apart=summary.run.status == "diverged",
     )
 
 
@@ -197,6 +204,7 @@ def _gap_panel(run: int, summary: RunSummary, rows: int) -> Panel:
         events=_NO_EVENTS,
         top=_highest(norms),
         bottom=_lowest(norms),
+        apart=summary.run.status == "diverged",
     )
 
 
@@ -241,19 +249,49 @@ def _lowest(norms: pd.DataFrame) -> float:
     return float(low) if np.isfinite(low) else 0.0
 
 
-def _longest(events: pd.DataFrame, iteration_count: int) -> pd.DataFrame:
-    events = events[events["kind"].isin(EVENT_KINDS)]
-    if len(events) > MAX_EVENTS:
-        length = events["end_iteration"].fillna(iteration_count) - events["start_iteration"]
-        events = events.loc[length.sort_values(ascending=False).index[:MAX_EVENTS]]
-    return events[["kind", "filter", "start_iteration", "end_iteration"]]
+def _hovered(events: pd.DataFrame) -> pd.DataFrame:
+    known = events["kind"].isin(EVENT_KINDS)
+    return events.loc[known, ["kind", "filter", "start_iteration", "end_iteration"]]
+
+
+def _with_longest_events(rows: Sequence[Sequence[Panel]], most: int) -> list[list[Panel]]:
+    """Leave out the shortest events of all panels where there are more than `most`."""
+    lengths = [_lengths(panel) for row in rows for panel in row]
+    everything = np.concatenate([*lengths, np.empty(0)])
+    if len(everything) <= most:
+        return [list(row) for row in rows]
+    # Strictly longer than the longest one left out: ties must not overflow the budget.
+    limit = np.partition(everything, len(everything) - most - 1)[len(everything) - most - 1]
+    left = iter(lengths)
+    return [
+        [
+            dataclasses.replace(
+                panel,
+                events=panel.events[(kept := next(left) > limit)],
+                cut=not kept.all(),
+            )
+            for panel in row
+        ]
+        for row in rows
+    ]
+
+
+def _lengths(panel: Panel) -> NDArray[np.float64]:
+    """Return how long each of a panel's events lasted, (events,)."""
+    end = panel.norms.index[-1] + 1 if len(panel.norms) else 0
+    length = panel.events["end_iteration"].fillna(end) - panel.events["start_iteration"]
+    return length.to_numpy(np.float64)
 
 
 def _shared_range(row: Sequence[Panel]) -> list[Panel]:
-    drawn = [panel for panel in row if not panel.message]
-    top = max((panel.top for panel in drawn), default=1.0)
-    bottom = min((panel.bottom for panel in drawn), default=0.0)
-    return [dataclasses.replace(panel, top=top, bottom=bottom) for panel in row]
+    """Give a row's panels one range; a diverged run keeps its own, or it would flatten the rest."""
+    shared = [panel for panel in row if not panel.message and not panel.apart]
+    top = max((panel.top for panel in shared), default=1.0)
+    bottom = min((panel.bottom for panel in shared), default=0.0)
+    return [
+        panel if panel.apart else dataclasses.replace(panel, top=top, bottom=bottom)
+        for panel in row
+    ]
 
 
 def _lettered(rows: Sequence[Sequence[Panel]]) -> list[list[Panel]]:
@@ -270,6 +308,6 @@ def _lettered(rows: Sequence[Sequence[Panel]]) -> list[list[Panel]]:
 def _no_such_layer(wanted: int | str, summaries: Sequence[RunSummary]) -> str:
     layers = next(summary.run.layers for summary in summaries if summary.run.layers)
     return (
-        f"--layers: no run has a layer '{wanted}'; the first run has 0 to {len(layers) - 1}, "
-        f"{layers[0].name} to {layers[-1].name}"
+        f"--layers: no run has a layer '{printable(wanted)}'; the first run has 0 to "
+        f"{len(layers) - 1}, {printable(layers[0].name)} to {printable(layers[-1].name)}"
     )

@@ -80,7 +80,7 @@ def _table2_row(row: dict[Any, Any]) -> dict[str, object]:
         "method": known.get(str(row["method"]), str(row["method"])),
         "alpha": "–" if pd.isna(alpha) else f"{alpha:g}",
         "runs": row["runs"],
-        "note": row["note"],
+        "note": "; ".join(filter(None, (row["variant"], row["note"]))),
         "dead": "–" if missing else number(row["dead"], 0 if row["runs"] == 1 else 1),
     }
     for column in MARKED:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from pgt_diag.filters import EVENT_KINDS
 from reports import figures, panels, sprites, zeroout
 from reports.summary import RunSummary
 from reports.text import number, plural, printable, share
@@ -46,6 +47,7 @@ def _panel(
     label, filters = summaries[panel.run].label, packed.lines.lines
     died = panel.deaths["filter"].nunique()
     said = f"{died:,} of {plural(filters, panel.unit)} died" if filters else ""
+    said += ", diverged: own y axis" if filters and panel.apart else ""
     subject = printable(panel.subject, 80)
     if not panel.message:
         islands[key] = _panel_island(packed, last)
@@ -68,17 +70,14 @@ def _panel_island(packed: panels.PackedPanel, last: int) -> dict[str, object]:
         "top": panel.top,
         "iterations": panel.norms.index.tolist(),
         "lines": packed.lines.__dict__,
-        "deaths": _records(panel.deaths, ("filter", "at", "back", "cause")),
-        "events": _columns(panel.events, ("kind", "filter", "from", "to")),
+        "deaths": _columns(panel.deaths, ("filter", "at", "back", "cause")),
+        "events": _columns(
+            panel.events.assign(kind=panel.events["kind"].map(EVENT_KINDS.index)),
+            ("kind", "filter", "from", "to"),
+        ),
+        "cut": panel.cut,
         "figure": _figure(figures.panel_axes(panel, last)),
     }
-
-
-def _records(table: pd.DataFrame, names: Sequence[str]) -> list[dict[str, object]]:
-    return [
-        {name: None if pd.isna(value) else value for name, value in zip(names, row, strict=True)}
-        for row in table.astype(object).itertuples(index=False)
-    ]
 
 
 def _columns(table: pd.DataFrame, names: Sequence[str]) -> dict[str, list[object]]:

@@ -21,7 +21,10 @@ ABSORBING_SUFFIX = "conv1"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent of the epoch with the best test accuracy, as the paper reports."""
+    """Accuracies in percent of the epoch with the best test accuracy, as the paper reports.
+
+    `epoch` counts from 1, as people do; metrics.csv counts from 0.
+    """
 
     train: float
     test: float
@@ -73,10 +76,23 @@ class RunSummary:
         """Number of filters dead at the end."""
         return len(self.lasting)
 
+    @cached_property
+    def never_alive(self) -> pd.DataFrame:
+        """The deaths by silence that began with the very first iteration: no norm fell there."""
+        at_start = (self.deaths["iteration"] == 0) & (self.deaths["cause"] == "silent")
+        return self.deaths[at_start]
+
+    @property
+    def silent_from_start(self) -> int:
+        """Number of filters dead at the end that no batch ever saw alive."""
+        return int(self.lasting.index.isin(self.never_alive.index).sum())
+
     @property
     def first_death(self) -> Death | None:
-        """The earliest death, whether or not the filter came back."""
-        return self.death_list[0] if self.death_list else None
+        """The earliest death of a filter that had lived, whether or not it came back."""
+        born_dead = set(self.never_alive.index)
+        later = (death for row, death in enumerate(self.death_list) if row not in born_dead)
+        return next(later, None)
 
     @cached_property
     def death_list(self) -> list[Death]:
@@ -96,7 +112,11 @@ class RunSummary:
 
     @cached_property
     def by_layer(self) -> pd.DataFrame:
-        """One row per layer: index, filters, dead, revivals, first_death (Int64)."""
+        """One row per layer: index, filters, dead, silent_from_start, revivals, first_death.
+
+        `silent_from_start` counts those of the dead that were never alive; `first_death` (Int64)
+        is the earliest of the others.
+        """
         layers = self.run.layers
         table = pd.DataFrame(
             {
@@ -105,11 +125,18 @@ class RunSummary:
             },
             index=pd.Index([layer.name for layer in layers], name="layer"),
         )
-        table["dead"] = self.lasting.groupby("layer").size().reindex(table.index).fillna(0)
-        table["revivals"] = self.revived.groupby("layer").size().reindex(table.index).fillna(0)
-        first = self.deaths.groupby("layer")["iteration"].min().reindex(table.index)
+        never = self.lasting.index.isin(self.never_alive.index)
+        counted = {
+            "dead": self.lasting,
+            "silent_from_start": self.lasting[never],
+            "revivals": self.revived,
+        }
+        for name, rows in counted.items():
+            table[name] = rows.groupby("layer").size().reindex(table.index).fillna(0).astype(int)
+        later = self.deaths.drop(index=self.never_alive.index)
+        first = later.groupby("layer")["iteration"].min().reindex(table.index)
         table["first_death"] = first.astype("Int64")
-        return table.astype({"dead": int, "revivals": int})
+        return table
 
     @cached_property
     def accuracy(self) -> Accuracy | None:
@@ -119,7 +146,7 @@ class RunSummary:
             return None
         best = metrics.iloc[int(np.nanargmax(metrics["test_accuracy"].to_numpy(np.float64)))]
         train = float(best["train_accuracy"]) if "train_accuracy" in metrics else math.nan
-        return Accuracy(train, float(best["test_accuracy"]), int(best["epoch"]))
+        return Accuracy(train, float(best["test_accuracy"]), int(best["epoch"]) + 1)
 
     def budget_since(self, iteration: int) -> float | None:
         """Return Σ lr·wd/(1−μ) from an iteration to the end; None when it is not known."""

@@ -9,7 +9,7 @@ import pandas as pd
 from pgt_diag.config import Method
 from reports.source import Run
 from reports.summary import RunSummary, summarise
-from reports.text import METHOD_NAMES
+from reports.text import METHOD_NAMES, join
 
 _PAPER_ROWS = (
     (1024, Method.BASELINE, math.nan, 66.27, 64.816),
@@ -44,6 +44,15 @@ PAPER_TABLE_2 = _paper_table()
 
 SETTING_KEYS = ("dataset", "model", "norm", "stem", "image_size", "augment", "epochs")
 """What two runs must share, beside batch size and seed, for their difference to mean the method."""
+
+RECIPE_KEYS = (
+    "lr", "weight_decay", "momentum", "nesterov", "decay_biases", "schedule", "step_epochs",
+    "warmup_epochs", "warmup_lr", "min_lr", "label_smoothing",
+)  # fmt: skip
+"""What a pair should share as well; where it cannot, the difference is not the method's alone."""
+
+METHOD_KEYS = ("clip_norm", "agc_clip_factor", "agc_eps", "agc_classifier")
+"""A method's own options: with RECIPE_KEYS, what tells repetitions of a cell from variants."""
 
 MARKED = ("train_accuracy", "test_accuracy", "train_difference", "test_difference")
 """The columns whose best value is marked, as in the paper."""
@@ -84,6 +93,8 @@ def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
                 "seed": config.seed if config else None,
                 "method": str(config.method) if config else summary.label,
                 "alpha": config.alpha if config and config.method.uses_pgt else math.nan,
+                "recipe": _values(run, RECIPE_KEYS),
+                "options": _values(run, METHOD_KEYS),
                 "train_accuracy": accuracy.train if accuracy else math.nan,
                 "test_accuracy": accuracy.test if accuracy else math.nan,
                 "dead": summary.dead,
@@ -94,20 +105,39 @@ def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
     return table.astype({"batch_size": "Int64", "seed": "Int64"}) if rows else table
 
 
+def _values(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(getattr(run.config, key)) for key in keys) if run.config else ()
+
+
 def paired_differences(table: pd.DataFrame) -> pd.DataFrame:
     """Return, for each run, its difference to the baseline of the same setting, batch and seed.
 
-    table: as `runs_table` makes it, finished runs only. Columns train_difference,
-    test_difference and dead_difference; NaN for baselines and where no baseline matches.
+    table: as `runs_table` makes it, finished runs only. Of several such baselines those with the
+    run's own recipe (learning rate and so on) are meant; without one, all if they share a recipe,
+    and none otherwise. Columns train_difference, test_difference and dead_difference, NaN for
+    baselines and where no baseline matches, and confounded: names of RECIPE_KEYS that differ.
     """
     key = ["setting", "batch_size", "seed"]
-    values = ["train_accuracy", "test_accuracy", "dead"]
-    baseline = table[table["method"] == "baseline"].groupby(key)[values].mean()
-    matched = table[key].join(baseline, on=key)
-    differences = pd.DataFrame(index=table.index)
-    for value in values:
-        name = value.replace("_accuracy", "") + "_difference"
-        differences[name] = (table[value] - matched[value]).mask(table["method"] == "baseline")
+    names = {"train_accuracy": "train", "test_accuracy": "test", "dead": "dead"}
+    columns = [f"{name}_difference" for name in names.values()]
+    differences = pd.DataFrame(math.nan, index=table.index, columns=columns)
+    confounded: dict[object, tuple[str, ...]] = {}
+    baselines = dict(list(table[table["method"] == "baseline"].groupby(key)))
+    for row, run in table[table["method"] != "baseline"].iterrows():
+        found = baselines.get(tuple(run[key]))
+        if found is None:
+            continue
+        same = found[found["recipe"] == run["recipe"]]
+        if same.empty and found["recipe"].nunique() > 1:
+            continue
+        chosen = found if same.empty else same
+        for value, name in names.items():
+            differences.loc[row, f"{name}_difference"] = run[value] - chosen[value].mean()
+        pairs = zip(RECIPE_KEYS, run["recipe"], chosen["recipe"].iloc[0], strict=True)
+        confounded[row] = tuple(
+            name.replace("_", " ") for name, mine, theirs in pairs if mine != theirs
+        )
+    differences["confounded"] = [confounded.get(row, ()) for row in table.index]
     return differences
 
 
@@ -115,17 +145,25 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
     """Return Table 2 of these runs, the paper's values beside them.
 
     One row per setting, batch size (largest first, those that only the paper has last), method (in
-    the paper's order) and α. Means
-    and spreads (standard deviation) over the finished runs; differences are means over pairs with
-    the baseline of the same setting, batch size and seed, with the half-width of their 95 %
-    interval. `note` says what was left out. Rows with `runs` 0 are cells of the paper that these
+    the paper's order), α and `variant` (the learning rate and so on, where runs of a cell differ
+    in more than the seed). Means and spreads (standard deviation) over the finished runs;
+    differences are means over pairs with the baseline of the same setting, batch size and seed,
+    with the half-width of their 95 % interval; see `paired_differences`. `note` says what was left
+    out or differs besides the method. Rows with `runs` 0 are cells of the paper that these
     runs do not have. `best_*` marks the best of each setting and batch size.
     """
     table = runs_table(summarise(runs))
     ours = [_cell(key, group) for key, group in _cells(table)]
     have = {(row["batch_size"], row["method"]) for row in ours}
     missing: list[dict[str, object]] = [
-        {"batch_size": row.batch_size, "method": row.method, "runs": 0, "note": "not run"}
+        {
+            "batch_size": row.batch_size,
+            "method": row.method,
+            "runs": 0,
+            "note": "not run",
+            "setting": "",
+            "variant": "",
+        }
         for row in PAPER_TABLE_2.itertuples()
         if (row.batch_size, row.method) not in have
     ]
@@ -135,7 +173,7 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 _COLUMNS = [
-    "setting", "batch_size", "method", "alpha", "runs", "note",
+    "setting", "batch_size", "method", "alpha", "variant", "runs", "note",
     "train_accuracy", "train_spread", "test_accuracy", "test_spread",
     "pairs", "train_difference", "train_interval", "test_difference", "test_interval",
     "dead", "filters",
@@ -161,9 +199,26 @@ def _cells(table: pd.DataFrame) -> list[tuple[dict[str, object], pd.DataFrame]]:
     usable = table[table["status"] == "finished"]
     table = table.join(paired_differences(usable))
     key = ["setting", "batch_size", "method", "alpha"]
+    table["variant"] = ""
+    for _, group in table.groupby(key, dropna=False):
+        table.loc[group.index, "variant"] = _variants(group)
+    key.append("variant")
     return [
         (dict(zip(key, values, strict=True)), group)
         for values, group in table.groupby(key, dropna=False, sort=False)
+    ]
+
+
+def _variants(group: pd.DataFrame) -> list[str]:
+    """Name, for each run of a cell, the values that not all of them share; mostly nothing."""
+    values = (group["recipe"] + group["options"]).tolist()
+    keys = RECIPE_KEYS + METHOD_KEYS
+    differing = [
+        place for place, each in enumerate(zip(*values, strict=True)) if len(set(each)) > 1
+    ]
+    return [
+        ", ".join(f"{keys[place].replace('_', ' ')} {run[place]}" for place in differing)
+        for run in values
     ]
 
 
@@ -177,6 +232,10 @@ def _cell(key: dict[str, object], group: pd.DataFrame) -> dict[str, object]:
         used, note = group, f"best so far, {counts}"
     cell = key | {"runs": len(used), "note": note, "filters": int(group["filters"].iloc[0])}
     cell["pairs"] = int(used["test_difference"].notna().sum())
+    confounded = {name for names in used["confounded"].dropna() for name in names}
+    if confounded:
+        said = f"differs from its baseline in {join(sorted(confounded))} too"
+        cell["note"] = "; ".join(filter(None, (note, said)))
     cell["dead"] = float(used["dead"].mean())
     for part in ("train", "test"):
         accuracy, difference = used[f"{part}_accuracy"], used[f"{part}_difference"].dropna()
@@ -199,8 +258,8 @@ def _in_paper_order(table: pd.DataFrame) -> pd.DataFrame:
             batch_size=table["batch_size"].astype("Int64"),
         )
         .sort_values(
-            ["_foreign", "batch_size", "_paper", "setting", "_place", "alpha"],
-            ascending=[True, False, True, True, True, True],
+            ["_foreign", "batch_size", "_paper", "setting", "_place", "alpha", "variant"],
+            ascending=[True, False, True, True, True, True, True],
             ignore_index=True,
         )
         .drop(columns=["_foreign", "_paper", "_place"])

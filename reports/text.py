@@ -3,15 +3,14 @@
 import html
 import json
 import math
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgt_diag.config import Method
+from pgt_diag.text import MAX_LABEL as MAX_LABEL
+from pgt_diag.text import printable as printable
 from reports.source import Run
-
-MAX_LABEL = 48
 
 METHOD_NAMES = {
     Method.BASELINE: "Baseline",
@@ -25,15 +24,6 @@ METHOD_NAMES = {
 
 # U+2028 and U+2029 end a line in old JavaScript; the rest could end the script element.
 _ISLAND_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
-
-
-def printable(text: object, limit: int = MAX_LABEL) -> str:
-    """Return text on one line, without control or direction characters, at most `limit` long."""
-    shown = "".join(
-        "�" if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp") else sign
-        for sign in str(text)
-    )
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def plotly_text(text: object) -> str:

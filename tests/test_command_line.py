@@ -263,6 +263,15 @@ def test_another_package_named_like_ours_is_told(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_hostile_path_in_an_error_cannot_act_on_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["report", "no\x1b]0;owned\x07such\x1b[2Jrun"]) == 3
+    error = capsys.readouterr().err
+    assert error.startswith("pgt-diag: error: no�]0;owned�such�[2Jrun: ")
+    assert "\x1b" not in error
+
+
 def test_hostile_run_names_are_printed_as_they_are(tmp_path: Path) -> None:
     name = "[link=file:etc]x[/x][bold]"
     result = pgt("train", *TINY, "--dry-run", "--run-dir", name, cwd=tmp_path)

@@ -134,6 +134,31 @@ def test_panels_stay_within_their_budget(pair):
         assert len(each.panel.norms) == each.lines.rows
 
 
+def test_the_shortest_events_are_left_out_and_the_page_says_so(pair):
+    whole = panels.fig3(pair)
+    wanted = sum(len(panel.events) for row in whole for panel in row) // 2
+    cut = panels._with_longest_events(whole, wanted)
+    events = pd.concat([panel.events for row in cut for panel in row])
+    assert 0 < len(events) <= wanted
+    assert any(panel.cut for row in cut for panel in row)
+    lengths = events["end_iteration"].fillna(2000) - events["start_iteration"]
+    left_out = [
+        panels._lengths(panel)[~panel.events.index.isin(less.events.index)]
+        for row, shorter in zip(whole, cut, strict=True)
+        for panel, less in zip(row, shorter, strict=True)
+    ]
+    assert np.concatenate(left_out).max() < lengths.min()
+
+
+def test_a_diverged_run_does_not_flatten_the_others():
+    fine, broken = (DemoRun(name, config(), 0.1, 100, 10) for name in "ab")
+    broken = dataclasses.replace(broken, status="diverged")
+    huge = broken.weight_norms("layer4.1.conv2") * 1e6
+    object.__setattr__(broken, "weight_norms", lambda layer, window=None: huge)
+    row = panels.fig3(summarise([fine, broken]), [19])[0]
+    assert row[0].top < 10 and row[1].top > 1e5
+
+
 def test_features_that_end_at_zero_are_dead_from_there():
     norms = pd.DataFrame(np.ones((5, 3), np.float32), index=[0, 10, 20, 30, 40])
     norms.loc[20:, 1] = 0
@@ -244,6 +269,92 @@ def test_deaths_by_silence_only_lean(pair):
     assert claim.evidence.startswith(f"{len(pair[0].revived)} of {len(pair[0].deaths):,} deaths")
     lasting = silent[silent["end_iteration"].isna()]
     assert _recovery(run, lasting).judgement == "leans towards"
+
+
+def _dying(layer, start, end=None, filter_index=0):
+    return [(kind, layer, 0, filter_index, start, end) for kind in ("silent", "zero_gradient")]
+
+
+def _with_events(rows, name="x", **values):
+    """Return a run of 1,000 iterations with these events and no others."""
+    run = DemoRun(name, config(**values), 0.0, 1000, 100, shape=(("a.conv2", 8),))
+    names = ["kind", "layer", "layer_index", "filter", "start_iteration", "end_iteration"]
+    events = pd.DataFrame(rows, columns=names)
+    run.__dict__["events"] = events.astype({"end_iteration": "Int64"})
+    return run
+
+
+def test_filters_that_never_lived_are_told_from_those_that_died():
+    rows = _dying("a.conv2", 0) + _dying("a.conv2", 300, None, 1) + _dying("a.conv2", 0, 500, 2)
+    summary = summarise([_with_events(rows)])[0]
+    assert (summary.dead, summary.silent_from_start) == (2, 1)
+    assert summary.by_layer.loc["a.conv2", ["dead", "silent_from_start"]].tolist() == [2, 1]
+    assert summary.first_death.iteration == summary.by_layer.loc["a.conv2", "first_death"] == 300
+    said = verdict([summary.run]).sentences[0].text
+    assert "1 was silent from the first batch; 1 died later." in said
+    assert "1 filter recovered, 1 of them silent from the first batch." in said
+    assert "The first death: a.conv2 (layer 0), filter 1, at iteration 300." in said
+
+
+def test_a_filter_that_wakes_says_nothing_about_recovery():
+    awoken = _dying("a.conv2", 0, 500)
+    claim = verdict([_with_events(awoken)]).claims[-1]
+    assert (claim.judgement, claim.evidence) == (
+        "cannot tell",
+        "no filter died after the first batch",
+    )
+    died = awoken + _dying("a.conv2", 300, 600, 1)
+    claim = verdict([_with_events(died)]).claims[-1]
+    assert claim.judgement == "leans against" and claim.evidence.startswith("1 of 1 death")
+
+
+def _pairs(*differences, **pgt):
+    """Return a baseline with 4 dead filters and a PGT run with more or fewer, per seed."""
+    runs = []
+    for seed, difference in enumerate(differences):
+        for method, dead in (("baseline", 4), ("pgt", 4 + difference)):
+            rows = [row for i in range(dead) for row in _dying("a.conv2", 100, None, i)]
+            values = pgt if method == "pgt" else {}
+            runs.append(_with_events(rows, f"{method}{seed}", method=method, seed=seed, **values))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("differences", "judgement"),
+    [
+        ((-2,), "leans towards"),
+        ((0,), "cannot tell"),
+        ((-2, -3), "leans towards"),
+        ((-3, 1), "cannot tell"),
+        ((-2, -3, -2), "agrees"),
+        ((-4, 1, 2), "cannot tell"),
+        ((2, 3, 2), "contradicts"),
+    ],
+)
+def test_judgements_need_pairs_that_agree(differences, judgement):
+    assert verdict(_pairs(*differences)).claims[0].judgement == judgement
+
+
+def test_what_else_differs_is_said_and_weakens_the_judgement():
+    judged = verdict(_pairs(-2, -3, -2, lr=0.05))
+    assert judged.claims[0].judgement == "leans towards"
+    assert "Their lr differs too" in judged.claims[0].evidence
+    assert judged.comparisons[0].endswith("Their lr differs too.")
+
+
+def test_runs_that_share_a_baseline_are_one_pair():
+    runs = _pairs(-2)
+    again = [dataclasses.replace(runs[1], name=f"again{i}") for i in range(3)]
+    for each in again:
+        each.__dict__["events"] = runs[1].events
+    claim = verdict([*runs, *again]).claims[0]
+    assert claim.judgement == "leans towards" and "1 pair" in claim.evidence
+
+
+def test_many_runs_are_summed_up_by_method():
+    facts = verdict(_pairs(-2, -3, -2)).facts
+    assert [(fact.label, fact.value) for fact in facts] == [("Baseline", "4"), ("PGT", "2")]
+    assert facts[1].detail == "dead filters at the end, mean of 3 runs (1 to 2)"
 
 
 def test_one_pair_only_leans_and_five_pairs_find(pair):

@@ -10,7 +10,9 @@ import pandas as pd
 import plotly.offline
 import pytest
 
+import pgt_diag
 from pgt_diag.config import RunConfig
+from pgt_diag.errors import ConfigurationError
 from reports.demo import DemoRun, demo_runs
 from reports.exports import export_table2
 from reports.page import build_page
@@ -95,6 +97,21 @@ def test_layers_can_be_chosen_by_name():
     assert "layer 1 filters · layer1.0.conv1" in page
 
 
+def test_a_hostile_layer_can_be_chosen_by_name_and_is_escaped():
+    name = "</script><b onclick=x>\u202e"
+    run = tiny(shape=((name, 3), ("other", 3)))
+    page = build_page([run], layers=[name])
+    assert "layer 0 filters · &lt;/script&gt;&lt;b onclick=x&gt;�" in page
+    assert "<b onclick" not in page and "\u202e" not in page
+    with pytest.raises(ConfigurationError) as error:
+        build_page([run], layers=["\x1b[31mno"])
+    assert "'�[31mno'" in str(error.value) and "\u202e" not in str(error.value)
+
+
+def test_the_page_says_what_made_it():
+    assert f'<meta name="generator" content="pgt-diag {pgt_diag.__version__}">' in build_page([])
+
+
 def test_unfinished_runs_say_so_first():
     page = build_page([tiny(status="interrupted")])
     assert "was interrupted" in page[page.index("<main>") : page.index('id="fig3"')]
@@ -131,7 +148,7 @@ def test_table2_exports():
     assert records[0]["method"] == "baseline" and records[0]["runs"] == 1
     assert records[-1]["note"] == "not run" and records[-1]["train_accuracy"] is None
     csv = export_table2(runs, "csv").splitlines()
-    assert csv[0].startswith("setting,batch_size,method,alpha,runs") and len(csv) == 11
+    assert csv[0].startswith("setting,batch_size,method,alpha,variant,runs") and len(csv) == 11
     latex = export_table2(runs, "latex")
     assert latex.count(r"\\") >= 3 and r"\textcolor{blue}{\textbf{" in latex
     hostile = DemoRun("50%_&$#{}~^\\", None, iteration_count=12, shape=TINY)
@@ -143,8 +160,6 @@ def test_table2_exports():
 def test_a_recorded_run_makes_a_page(tmp_path):
     """The seam to the engine: what a recorder wrote, read back, is what pages are made from."""
     torch = pytest.importorskip("torch")
-    import pgt_diag
-
     model = torch.nn.Sequential(
         torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
         torch.nn.Flatten(), torch.nn.Linear(4, 2),
@@ -164,5 +179,6 @@ def test_a_recorded_run_makes_a_page(tmp_path):
             optimizer.step()
     page = build_page([pgt_diag.load_run(tmp_path / "mine")])
     text = re.sub(r"<[^>]+>", "", page[page.index("<main>") : page.index("</main>")])
-    assert "1 of 4 filters (25.0 %) are dead after 30 iterations" in text
-    assert "The first death: 0 (layer 0), filter 2, at iteration 0." in text
+    assert "1 of 4 filters (25.0 %) is dead after 30 iterations" in text
+    assert "1 was silent from the first recorded batch; none died later." in text
+    assert "first death:" not in text.lower()

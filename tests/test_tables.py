@@ -116,6 +116,25 @@ def test_different_alphas_are_different_rows():
     assert table[table["runs"] > 0]["alpha"].tolist() == [0.25, 0.5]
 
 
+def test_another_learning_rate_is_another_row_and_not_a_seed():
+    table = table2([run("pgt", 61, lr=0.1), run("pgt", 63, lr=0.2), run("pgt", 62, seed=1, lr=0.1)])
+    ours = table[table["runs"] > 0]
+    assert ours["variant"].tolist() == ["lr 0.1", "lr 0.2"]
+    assert ours["runs"].tolist() == [2, 1]
+    assert table2([run("pgt", 61, lr=0.1)])["variant"].iloc[0] == ""
+
+
+def test_pairs_prefer_the_baseline_of_the_same_recipe_and_never_mix_recipes():
+    baselines = [run("baseline", 60, lr=0.1), run("baseline", 50, lr=0.2)]
+    pgt = row(table2([*baselines, run("pgt", 61, lr=0.1)]), "pgt")
+    assert pgt["test_difference"] == pytest.approx(1)
+    assert pgt["note"] == ""
+    assert row(table2([*baselines, run("pgt", 61, lr=0.3)]), "pgt")["pairs"] == 0
+    other = row(table2([baselines[0], run("pgt", 61, lr=0.3)]), "pgt")
+    assert other["test_difference"] == pytest.approx(1)
+    assert other["note"] == "differs from its baseline in lr too"
+
+
 def test_a_run_without_configuration_or_metrics_has_a_row():
     table = table2([DemoRun("mine", None, iteration_count=0, shape=SMALL)])
     ours = table[table["runs"] > 0].iloc[0]

@@ -1,7 +1,7 @@
 // Fig. 3: a panel is a canvas with the lines, an empty plotly figure above it, and a hover.
 
 const tip = document.getElementById("tip");
-const KINDS = ["silent", "zero_gradient", "collapsed", "zeroed"];
+const KINDS = ["silent", "zero gradient", "collapsed", "zeroed"];
 const panels = [];
 let view = "lines";
 const zero = document.getElementById("from-zero");
@@ -12,7 +12,10 @@ class Panel {
 
   constructor(place) {
     this.place = place;
-    this.data = island(place.dataset.island);
+    const data = island(place.dataset.island);
+    const { filter, at, back, cause } = data.deaths;
+    const deaths = filter.map((line, i) => ({ filter: line, at: at[i], back: back[i], cause: cause[i] }));
+    this.data = { ...data, deaths };
     panels.push(this);
   }
 
@@ -239,19 +242,23 @@ class Panel {
 
   /** What the hover says: filter, iteration, norm, state, death. */
   describe(line, row) {
-    const { unit, iterations, deaths, events, lines: { rows } } = this.data;
+    const { unit, iterations, deaths, events, cut, lines: { rows } } = this.data;
     const at = iterations[row], norm = this.values[line * rows + row];
     const holds = (_, i) => events.filter[i] === line && events.from[i] <= at
       && (events.to[i] === null || events.to[i] > at);
     const held = events.kind.filter(holds);
-    const kinds = KINDS.filter((kind) => held.includes(kind)).map((kind) => kind.replace("_", " "));
+    const kinds = KINDS.filter((_, kind) => held.includes(kind));
+    const mine = deaths.filter((d) => d.filter === line);
+    if (!kinds.length) {
+      const dead = mine.find((d) => d.at <= at && (d.back === null || d.back > at));
+      if (dead) kinds.push(dead.cause);
+    }
     if (unit === "feature" && norm === 0) kinds.push("silent");
     const said = [
       `${unit} ${line}`,
       `iteration ${count(at)} · norm ${norm === 0 ? "exactly 0" : norm.toPrecision(4)}`,
-      `state: ${kinds.join(", ") || "alive"}`,
+      `state: ${kinds.join(", ") || (cut ? "alive, or silent too briefly for this page" : "alive")}`,
     ];
-    const mine = deaths.filter((d) => d.filter === line);
     if (mine.length > 4) said.push(`${mine.length} deaths; the last ones:`);
     for (const death of mine.slice(-4)) {
       said.push(`died at iteration ${count(death.at)} (${death.cause}), ${

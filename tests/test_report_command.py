@@ -1,0 +1,206 @@
+"""`pgt-diag report` as it is typed: formats, what it overwrites, --watch, --demo, --open."""
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import typer
+
+from commands.app import main
+from pgt_diag.errors import NoSpaceError
+from reports.demo import DemoRun, demo_runs
+from reports.output import write_output
+from reports.page import build_page
+
+TINY = [
+    "--dataset=synthetic", "--synthetic-images=32", "--image-size=16", "--batch-size=16",
+    "--device=cpu", "--threads=1", "--epochs=2", "--warmup-epochs=0",
+]  # fmt: skip
+FORMATS = {"latex": "table2.tex", "csv": "table2.csv", "json": "table2.json"}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recorded") / "baseline"
+    assert main(["train", *TINY, f"--run-dir={path}"]) == 0
+    return path
+
+
+@pytest.fixture
+def folder(recorded, tmp_path, monkeypatch):
+    """A folder with a baseline and what claims to be a PGT run, as working directory."""
+    shutil.copytree(recorded, tmp_path / "runs" / "baseline")
+    shutil.copytree(recorded, tmp_path / "runs" / "pgt")
+    edit(tmp_path / "runs" / "pgt", config={"method": "pgt"})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit(run, config=None, **values):
+    path = run / "run.json"
+    info = json.loads(path.read_text())
+    info["config"] |= config or {}
+    path.write_text(json.dumps(info | values))
+
+
+def only_line(text):
+    (line,) = text.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_table_2_alone(name, folder, capsys):
+    assert main(["report", "runs", f"--format={name}"]) == 0
+    assert only_line(capsys.readouterr().out).startswith(f"{FORMATS[name]} (")
+    text = (folder / FORMATS[name]).read_text()
+    assert main(["report", "runs", f"--format={name}", "-o", "-"]) == 0
+    assert capsys.readouterr().out == text
+    # What the file ends in says the format as well, and our own table may be replaced.
+    assert main(["report", "runs", "-o", FORMATS[name]]) == 0
+    assert (folder / FORMATS[name]).read_text() == text
+    if name == "json":
+        assert [row["method"] for row in json.loads(text) if row["runs"]] == ["baseline", "pgt"]
+    else:
+        assert "PGT & 0.25" in text if name == "latex" else ",pgt,0.25,,1," in text
+
+
+def test_files_that_are_not_ours_stay(folder, capsys):
+    path = folder / "notes.html"
+    path.write_text("<html>my notes, made with pgt-diag")
+    assert main(["report", "runs", "-o", "notes.html"]) == 2
+    assert "--force" in only_line(capsys.readouterr().err)
+    assert path.read_text().endswith("my notes, made with pgt-diag")
+    assert main(["report", "runs", "-o", "notes.html", "--force"]) == 0
+    assert "</html>" in path.read_text()
+    # Now it is a report of ours, as an empty file might as well have been.
+    assert main(["report", "runs", "-o", "notes.html", "--title=Again & again"]) == 0
+    assert "<title>Again &amp; again</title>" in path.read_text()
+    (folder / "empty.html").touch()
+    assert main(["report", "runs", "-o", "empty.html"]) == 0
+    assert {each.name for each in folder.iterdir()} == {"runs", "notes.html", "empty.html"}
+
+
+def test_a_full_disk_leaves_the_old_report(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    write_output(path, "old")
+
+    def full(target, content):
+        target.write_bytes(content[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("reports.output._write_bytes", full)
+    with pytest.raises(NoSpaceError, match="no space left; what was there is untouched"):
+        write_output(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_stay_links_and_devices_devices(folder):
+    (folder / "real").mkdir()
+    (folder / "link.html").symlink_to("real/report.html")
+    write_output(folder / "link.html", "page")
+    assert (folder / "link.html").is_symlink()
+    assert (folder / "real" / "report.html").read_text() == "page"
+    write_output(Path("/dev/null"), "page")
+    assert Path("/dev/null").is_char_device()
+
+
+MISTAKES = {
+    "nothing to report": (["report"], "RUNS is missing"),
+    "demo of runs": (["report", "runs", "--demo"], "leave RUNS away"),
+    "demo that goes on": (["report", "--demo", "--watch"], "leave --watch away"),
+    "demo as a table": (["report", "--demo", "--format=csv"], "leave --format csv away"),
+    "a page to standard output": (["report", "runs", "-o", "-"], "standard output"),
+    "watching to standard output": (
+        ["report", "runs", "--format=csv", "-o", "-", "--watch"],
+        "standard output",
+    ),
+    "opening a table": (["report", "runs", "--format=csv", "--open"], "leave one away"),
+    "unknown format": (["report", "runs", "--format=pdf"], "latex"),
+    "no layer": (["report", "runs", "--layers=,"], "--layers is ','"),
+    "hostile layer": (["report", "runs", "--layers=\x1b[31m[/x]<b>"], "no layer|no run has"),
+    "file in the way": (["report", "runs", "-o", "runs/pgt/run.json/x.html"], "run.json/x.html"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(mistake, folder, capsys):
+    arguments, message = MISTAKES[mistake]
+    assert main(arguments) == 2
+    line = only_line(capsys.readouterr().err)
+    assert any(part in line for part in message.split("|")), line
+    assert "\x1b" not in line
+    assert {each.name for each in folder.iterdir()} == {"runs"}
+
+
+def test_demo_needs_no_runs_and_says_what_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = demo_runs(iteration_count=400, record_every=20)
+    monkeypatch.setattr("reports.demo.demo_runs", lambda: small)
+    assert main(["report", "--demo"]) == 0
+    assert only_line(capsys.readouterr().out).endswith("made-up runs)")
+    page = (tmp_path / "report.html").read_text()
+    assert "This report is made up" in page and 'id="table2"' in page and 'id="fig4"' in page
+    assert main(["report", "--demo", "--title=Mine"]) == 0
+
+
+def test_open_shows_the_page_in_the_browser(folder, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(typer, "launch", lambda url: opened.append(url) or len(opened) - 1)
+    for _ in range(2):
+        assert main(["report", "runs/pgt", "-o", "a page.html", "--open"]) == 0
+    assert opened == [(folder / "a page.html").as_uri()] * 2
+    assert only_line(capsys.readouterr().err) == "no browser to open a page.html with"
+
+
+def sleeps(monkeypatch, *actions):
+    """Let each sleep of the command do the next thing instead."""
+    left = list(actions)
+    monkeypatch.setattr(time, "sleep", lambda seconds: left.pop(0)())
+    return left
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_watch_rebuilds_until_the_runs_have_ended(folder, monkeypatch, capsys):
+    run = folder / "runs" / "pgt"
+    info = (run / "run.json").read_text()
+    edit(run, status="running")
+    left = sleeps(
+        monkeypatch,
+        lambda: None,
+        lambda: (run / "run.json").write_text("{"),
+        lambda: (run / "run.json").write_text(info),
+    )
+    assert main(["report", "runs", "--watch"]) == 0
+    assert left == []
+    told = capsys.readouterr()
+    lines = told.out.splitlines()
+    assert len(lines) == 2, "nothing new is no reason to rebuild"
+    assert "2 runs, 4 iterations, 1 still running" in lines[0]
+    assert "2 runs, 4 iterations, all ended" in lines[1]
+    assert only_line(told.err).startswith("not rebuilt: ")
+    assert "still training" not in (folder / "report.html").read_text()
+
+
+def test_watch_ends_with_control_c_and_says_when_a_run_is_silent(folder, monkeypatch, capsys):
+    run = folder / "runs" / "pgt"
+    edit(run, status="running")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
+    sleeps(monkeypatch, lambda: None, interrupt)
+    assert main(["report", str(run), "--watch", "--format=csv"]) == 130
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("table2.csv (")
+    assert "no new data since 1,00" in second and second.endswith("still waiting, Ctrl-C ends")
+
+
+def test_a_page_of_many_runs_stays_of_a_size(recorded):
+    """Every run adds its lines within one budget; only its own rows of tables come on top."""
+    runs = [DemoRun(f"run {i}", None, 0.3, 120, 2, seed=i) for i in range(20)]
+    assert len(build_page(runs).encode()) < 14e6
