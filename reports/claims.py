@@ -7,9 +7,10 @@ from typing import Literal
 
 import pandas as pd
 
+from pgt_diag.text import printable
 from reports.summary import RunSummary, can_revive
 from reports.tables import interval95, paired_differences, runs_table
-from reports.text import METHOD_NAMES, join, number, plural, printable
+from reports.text import METHOD_NAMES, join, number, plural
 
 Judgement = Literal["agrees", "contradicts", "leans towards", "leans against", "cannot tell"]
 

@@ -10,12 +10,13 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from pgt_diag import __version__
+from pgt_diag.text import printable
 from reports import records, sections
 from reports.demo import DemoRun
 from reports.panels import DEFAULT_LAYERS
 from reports.source import Run
 from reports.summary import summarise
-from reports.text import json_island, plural, printable
+from reports.text import json_island, plural
 from reports.verdict import verdict
 
 GENERATOR = f"pgt-diag {__version__}"

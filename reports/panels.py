@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.filters import EVENT_KINDS, death_window
+from pgt_diag.text import printable
 from reports.lines import PackedLines, pack, thin
 from reports.source import Layer
 from reports.summary import RunSummary
-from reports.text import printable
 
 DEFAULT_LAYERS: tuple[int | str, ...] = (11, 19)
 """The layers of the paper's Fig. 3, counted from 0 over all convolutions."""

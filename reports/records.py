@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 
 from pgt_diag.filters import death_window
+from pgt_diag.text import printable
 from reports.sections import Islands
 from reports.source import Run
 from reports.summary import RunSummary
 from reports.tables import MARKED, table2
-from reports.text import METHOD_NAMES, number, plural, printable, share
+from reports.text import METHOD_NAMES, number, plural, share
 
 MAX_DEATHS = 20_000
 """Most rows of the table of deaths; the page stays under a megabyte and a half for them."""

@@ -12,9 +12,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pgt_diag.filters import EVENT_KINDS
+from pgt_diag.text import printable
 from reports import figures, panels, sprites, zeroout
 from reports.summary import RunSummary
-from reports.text import number, plural, printable, share
+from reports.text import number, plural, share
 
 Islands = MutableMapping[str, object]
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgt_diag.config import Method
-from pgt_diag.text import MAX_LABEL as MAX_LABEL
-from pgt_diag.text import printable as printable
+from pgt_diag.text import printable
 from reports.source import Run
 
 METHOD_NAMES = {

@@ -6,11 +6,12 @@ Plain data: sentences with numbers in them. The page and the terminal only print
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pgt_diag.text import printable
 from reports.claims import Claim, compare, comparison, judge
 from reports.source import Run
 from reports.summary import NORM_TEST_BUDGET, RunSummary, summarise
 from reports.tables import SETTING_KEYS, runs_table
-from reports.text import METHOD_NAMES, join, number, plural, printable, share
+from reports.text import METHOD_NAMES, join, number, plural, share
 
 MAX_SINGLE_FACTS = 4
 """Runs up to which each gets its own number in large type."""

@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from pgt_diag.config import RunConfig
+from pgt_diag.text import printable
 from reports.demo import DemoRun, demo_runs
 from reports.page import build_page
 from reports.panels import fig3, thin
 from reports.summary import summarise
-from reports.text import printable
 
 playwright = pytest.importorskip("playwright.sync_api")
 

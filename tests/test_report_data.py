@@ -12,6 +12,7 @@ from PIL import Image
 
 from pgt_diag.config import RunConfig
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.text import MAX_LABEL, printable
 from reports import figures, panels, sprites, text, zeroout
 from reports.demo import DemoLayer, DemoRun, demo_runs
 from reports.lines import pack, thin, unpack
@@ -416,8 +417,8 @@ def test_islands_cannot_end_their_element():
 
 
 def test_printable_keeps_one_line_without_controls():
-    assert text.printable("a\nb\u202ec\x00") == "a�b�c�"
-    assert len(text.printable("x" * 500)) == text.MAX_LABEL
+    assert printable("a\nb\u202ec\x00") == "a�b�c�"
+    assert len(printable("x" * 500)) == MAX_LABEL
 
 
 def test_long_series_become_few_medians():
