@@ -1,17 +1,24 @@
 """`pgt-diag show`: what the terminal and scripts are told about runs."""
 
+import io
 import json
 import re
 import shutil
+import unicodedata
 
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from commands.app import main
+from commands.terminal import safe
 from pgt_diag.run import load_run
+from pgt_diag.text import printable
 from reports import digest as digest_module
 from reports.digest import digest
 from reports.summary import summarise
 from reports.verdict import verdict
+from tests.hostile import HOSTILE as HOSTILE_STRINGS
 
 TINY = [
     "--dataset=synthetic", "--synthetic-images=32", "--image-size=16", "--batch-size=16",
@@ -110,3 +117,18 @@ def test_mistakes(arguments, code, tmp_path, monkeypatch, capsys):
 def test_help_has_examples(command, capsys):
     assert main([command, "--help"]) == 0
     assert f"pgt-diag {command}" in capsys.readouterr().out.partition("Examples:")[2]
+
+
+def test_no_hostile_string_acts_on_a_terminal():
+    for text in HOSTILE_STRINGS:
+        stream = io.StringIO()
+        screen = Console(file=stream, force_terminal=True, width=7000, highlight=False, emoji=False)
+        table = Table("label")
+        table.add_row(safe(text, 6000))
+        screen.print(f"[bold]{safe(text, 6000)}[/]")
+        screen.print(table)
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+        assert plain.splitlines()[0] == printable(text, 6000)
+        assert printable(text, 6000) in "".join(plain.splitlines()[1:])
+        assert not any(unicodedata.category(sign) == "Cc" for sign in plain if sign != "\n")
+        assert "]8;" not in stream.getvalue(), "a link was made of it"
