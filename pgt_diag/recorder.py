@@ -73,7 +73,8 @@ class FilterRecorder:
     Raises:
         ConfigurationError: the model has no convolution, or a name is unknown.
         RunDirectoryError: the directory already holds a run.
-        RecorderError: at a step that no training forward pass of `model` preceded.
+        RecorderError: under data parallelism; at a step that no training forward pass of `model`
+            preceded, or that takes a closure.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class FilterRecorder:
     ) -> None:
         self.model = model
         self._convolutions = convolutions(model)
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
             raise RecorderError(
                 "recording under data parallelism is not built yet: silence would be that of one "
                 "process's share of the batch"
@@ -418,13 +420,13 @@ class FilterRecorder:
             out /= scale
 
     def _global_gradient_norm(
-        self, filter_norms: Tensor, optimizer: torch.optim.Optimizer, scale: Tensor | None
+        self, rows: Tensor, optimizer: torch.optim.Optimizer, scale: Tensor | None
     ) -> Tensor:
         """Return the L2 norm of all gradients, from the filters' norms and the other parameters."""
         # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
         owners = {id(module.weight): name for name, module in self._convolutions.items()}
         norms = [
-            filter_norms[self._slices[name]]
+            rows[self._slices[name]]
             for name in owners.values()
             if self._convolutions[name].weight.grad is not None
         ]
@@ -435,7 +437,7 @@ class FilterRecorder:
             if parameter.grad is not None and id(parameter) not in self._convolution_ids
         ]
         if not norms and not others:
-            return filter_norms.new_zeros(())
+            return rows.new_zeros(())
         if others:
             rest = torch.nn.utils.get_total_norm(others).to(self._device, torch.float32)
             norms.append((rest / scale if scale is not None else rest).reshape(1))

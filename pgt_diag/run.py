@@ -9,6 +9,7 @@ runs/<name>/
   events.parquet        the event log (events/*.parquet while the run lasts)
   brief_spells.parquet  spells too short for the log, counted per filter
   feature_maps/*.npz    feature maps of fixed images
+  .lock                 held by the process that writes here
 ```
 """
 

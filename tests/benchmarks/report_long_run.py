@@ -1,4 +1,4 @@
-"""Measure the longest run that issue 3 names: 500,000 iterations of 4,800 filters, from disk.
+"""Measure 500,000 iterations of 4,800 filters, from disk.
 
     python tests/benchmarks/report_long_run.py [--iterations 500000] [--keep DIRECTORY]
 

@@ -4,8 +4,7 @@
 
 "First picture" is the renderer process's CPU time until the lines of the four panels in the first
 900 pixels of Fig. 3 are drawn; "finished" until all six panels have their axes and rugs too.
-Budgets (issue 3): 4 MB for Fig. 3,
-Fig. 4 and Table 2, 8 MB with all layers, 1.0 s to the first picture.
+Budgets: 4 MB for Fig. 3, Fig. 4 and Table 2, 8 MB with all layers, 1.0 s to the first picture.
 """
 
 import argparse
