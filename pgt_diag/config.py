@@ -317,6 +317,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     # diverges at learning rates that the baseline bears.
     Preset.SMOKE: {
         "dataset": "digits",
+        "image_size": 8,
         "stem": "small",
         "batch_size": 64,
         "epochs": 12,

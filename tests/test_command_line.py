@@ -21,6 +21,7 @@ TINY = [
     "--dataset=synthetic",
     "--synthetic-images=64",
     "--image-size=16",
+    "--stem=imagenet",
     "--batch-size=16",
     "--device=cpu",
     "--threads=1",
