@@ -1,11 +1,17 @@
-"""The thread that encodes and writes what was recorded, beside the training thread."""
+"""The thread that encodes and writes what was recorded, beside the training thread.
 
-import queue
+Ctrl-C may interrupt the training thread between any two bytecodes. It is left holding no lock by
+that: only queues and locks whose waits are one C call are used, not `queue.Queue`.
+"""
+
 import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 
 from pgt_diag.encoder import Block, TraceEncoder
+
+_BLOCKS_IN_FLIGHT = 2  # as the ring has two halves: a third waits for the disk
 
 
 class WriterThread:
@@ -18,8 +24,10 @@ class WriterThread:
         self.encoder = encoder
         self._flush_seconds = flush_seconds
         self._flushed = time.monotonic()
-        # Two blocks in flight, as the ring has two halves: a third waits for the disk.
-        self._tasks: queue.Queue[Callable[[], None] | None] = queue.Queue(maxsize=2)
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._slots: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_BLOCKS_IN_FLIGHT):
+            self._slots.put(None)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="pgt-diag-writer", daemon=True)
         self._thread.start()
@@ -27,26 +35,36 @@ class WriterThread:
     def submit(self, block: Callable[[], Block]) -> None:
         """Hand over a function that waits for the device and then returns a block."""
         self._raise()
-        self._tasks.put(lambda: self._encode(block()))
+        self._slots.get()
+        self._tasks.put(lambda: self._encode(block))
 
     def flush(self) -> None:
         """Wait until everything handed over is encoded and on disk."""
-        self._tasks.put(self.encoder.flush)
-        self._tasks.join()
+        done: SimpleQueue[None] = SimpleQueue()
+        self._tasks.put(self._unless_failed(self.encoder.flush))
+        self._tasks.put(lambda: done.put(None))
+        done.get()
         self._raise()
 
     def close(self) -> None:
         """Encode and write what is left, seal the trace, and end the thread."""
-        self._tasks.put(self.encoder.seal)
+        self._tasks.put(self._unless_failed(self.encoder.seal))
         self._tasks.put(None)
         self._thread.join()
         self._raise()
 
-    def _encode(self, block: Block) -> None:
-        self.encoder.add(block)
-        if time.monotonic() - self._flushed >= self._flush_seconds:
-            self.encoder.flush()
-            self._flushed = time.monotonic()
+    def _encode(self, block: Callable[[], Block]) -> None:
+        try:
+            if self._error is None:
+                self.encoder.add(block())
+                if time.monotonic() - self._flushed >= self._flush_seconds:
+                    self.encoder.flush()
+                    self._flushed = time.monotonic()
+        finally:
+            self._slots.put(None)
+
+    def _unless_failed(self, task: Callable[[], None]) -> Callable[[], None]:
+        return lambda: task() if self._error is None else None
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -55,9 +73,6 @@ class WriterThread:
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:
             try:
-                if self._error is None:
-                    task()
+                task()
             except BaseException as error:  # carried to the training thread
                 self._error = error
-            finally:
-                self._tasks.task_done()

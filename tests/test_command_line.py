@@ -91,7 +91,7 @@ def test_control_c_keeps_what_was_recorded_and_says_where(tmp_path: Path) -> Non
     process = subprocess.Popen(
         [sys.executable, "-m", "pgt_diag", "train", *TINY, "--epochs=5000", "--run-dir=run"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -100,7 +100,11 @@ def test_control_c_keeps_what_was_recorded_and_says_where(tmp_path: Path) -> Non
     while "epoch 2:" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    try:
+        output, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # faulthandler then shows where it hangs
+        pytest.fail("".join(process.communicate(timeout=20)))
     assert process.returncode == 130
     assert errors == ""
     assert "interrupted; what was recorded is in run: pgt-diag report run" in output
