@@ -87,7 +87,10 @@ def test_options_override_the_file_which_overrides_the_preset(tmp_path: Path) ->
     assert config["warmup_epochs"] == 4.0
 
 
-def test_control_c_keeps_what_was_recorded_and_says_where(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_was_recorded_and_says_where(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "pgt_diag", "train", *TINY, "--epochs=5000", "--run-dir=run"],
         cwd=tmp_path,
@@ -99,7 +102,7 @@ def test_control_c_keeps_what_was_recorded_and_says_where(tmp_path: Path) -> Non
     assert process.stdout is not None
     while "epoch 2:" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     try:
         output, errors = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
