@@ -42,7 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, report, show, watch):
+app.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
+for command in (report, show, watch):
     app.command(epilog=command.EPILOG)(getattr(command, command.__name__.rpartition(".")[2]))
 
 

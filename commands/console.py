@@ -13,19 +13,22 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from pgt_diag.config import Preset
+from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
 from pgt_diag.text import printable
 
 _LINE_SECONDS = 10.0
+_FINAL = (ConfigurationError, DivergedError)
+"""Errors after which a run cannot go on."""
 
 
 class TrainingConsole(Listener):
     """Shows one run; use as a context manager around `train`."""
 
-    def __init__(self, *, json_output: bool, preset: Preset) -> None:
+    def __init__(self, *, json_output: bool, preset: Preset | None) -> None:
         self._json = json_output
-        self._preset = preset
+        self._preset = f", preset {preset}" if preset else ""
         self._console = Console(stderr=json_output, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -44,11 +47,13 @@ class TrainingConsole(Listener):
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is not None and issubclass(kind, KeyboardInterrupt) and self._plan is not None:
-            self._print(
-                f"interrupted; what was recorded is in {self._plan.directory}: "
-                f"pgt-diag report {shlex.quote(str(self._plan.directory))}"
-            )
+        if kind is None or self._plan is None or issubclass(kind, _FINAL):
+            return
+        directory = shlex.quote(str(self._plan.directory))
+        self._print(
+            f"what was recorded is in {directory} (pgt-diag report {directory}); go on with: "
+            f"pgt-diag train --run-dir {directory} --resume"
+        )
 
     def show_plan(self, plan: Plan) -> None:
         """Say what will be done."""
@@ -57,7 +62,7 @@ class TrainingConsole(Listener):
         self._print(
             f"{config.model} (norm {config.norm}, {plan.parameters / 1e6:.2f} M parameters, "
             f"{plan.filters:,} filters) on {plan.data} ({plan.train_images:,} + "
-            f"{plan.test_images:,} images), preset {self._preset}"
+            f"{plan.test_images:,} images){self._preset}"
         )
         self._print(
             f"{method}: {config.epochs} epochs, {plan.iterations:,} iterations of "
@@ -65,7 +70,12 @@ class TrainingConsole(Listener):
             f"epochs), weight decay {config.weight_decay:g}, seed {config.seed}, {plan.device}, "
             f"amp {plan.amp}"
         )
-        self._print(f"run directory: {plan.directory}")
+        self._print(
+            f"run directory: {plan.directory} (at most {plan.disk_bytes / 1e6:,.0f} MB)"
+            + (f", going on from iteration {plan.done:,}" if plan.done else "")
+        )
+        for note in plan.notes:
+            self._print(f"note: {note}")
         if self._json:
             print(json.dumps({"plan": _plain(plan)}))
 
@@ -79,6 +89,13 @@ class TrainingConsole(Listener):
             f"done: test accuracy {metrics['test_accuracy']:.2f} %, {metrics['dead_filters']} dead "
             f"filters; next: pgt-diag report {shlex.quote(str(path))}"
         )
+
+    def show_finished(self, path: Path) -> None:
+        """Say that there is nothing to go on with."""
+        if self._json:
+            print(json.dumps({"run_dir": str(path), "finished": True}))
+            return
+        self._print(f"already finished; next: pgt-diag report {shlex.quote(str(path))}")
 
     def started(self, plan: Plan) -> None:
         """Show the plan, and on a terminal the bar."""
@@ -119,6 +136,13 @@ class TrainingConsole(Listener):
                 f"{metrics['test_accuracy']:.2f} %, {metrics['images_per_second']:.0f} images/s, "
                 f"{metrics['dead_filters']} dead filters"
             )
+
+    def replaced_images(self, paths: list[str]) -> None:
+        """Say that the result is of other images than those in the folder."""
+        self._print(
+            f"note: {len(paths)} unreadable images replaced by others of their class, {paths[0]} "
+            "the first; all are in run.json"
+        )
 
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()

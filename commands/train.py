@@ -1,17 +1,22 @@
 """`pgt-diag train`: train one run and record its filters."""
 
+import dataclasses
 import signal
 import sys
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pgt_diag.config import (
     PRESETS,
+    RESUMABLE_WITH,
     Amp,
     Augment,
+    BadImages,
     DatasetName,
     Device,
     Method,
@@ -25,6 +30,10 @@ from pgt_diag.config import (
 )
 from pgt_diag.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from commands.console import TrainingConsole
+    from pgt_diag.resuming import ResumePoint
+
 DEFAULTS = RunConfig()
 
 EPILOG = """\b
@@ -34,7 +43,27 @@ Examples:
   pgt-diag train --dataset fashion-mnist --method agc+pgt --device cuda
   pgt-diag train --data IMAGENET_DIR --dataset imagefolder --batch-size 256
   pgt-diag train --config run.toml --seed 3 --dry-run
+  pgt-diag train --run-dir runs/pgt --resume         go on after a crash or Ctrl-C
+  pgt-diag train --method pgt --run-dir runs/pgt --resume auto    in a job script
 """
+
+
+class Resume(StrEnum):
+    """Whether there must be a run to go on with."""
+
+    REQUIRED = "required"
+    AUTO = "auto"
+
+
+class TrainCommand(TyperCommand):
+    """Lets `--resume` stand alone, which typer has no way to say."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a lone `--resume` as `--resume required`."""
+        for index, (argument, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
+            if argument == "--resume" and value not in list(Resume):
+                args[index] = f"--resume={Resume.REQUIRED}"
+        return super().parse_args(ctx, args)
 
 
 def _option(name: str, help_text: str, panel: str, **extra: Any) -> Any:
@@ -82,10 +111,16 @@ def train(
     synthetic_images: int = _option("synthetic_images", "Images in 'synthetic'.", DATA),
     synthetic_classes: int = _option("synthetic_classes", "Classes in 'synthetic'.", DATA),
     workers: int = _option("workers", "Processes that read an image folder.", DATA),
+    bad_images: BadImages = _option(
+        "bad_images", "Unreadable images: stop, or use the next of the class.", DATA
+    ),
     model: str = _option("model", "Any torchvision classification model.", MODEL),
     norm: Norm = _option("norm", "Normalisation layers.", MODEL),
     stem: Stem = _option("stem", "A ResNet's first layers.", MODEL),
     batch_size: int = _option("batch_size", "Images per iteration.", OPTIMIZATION),
+    accumulate: int = _option(
+        "accumulate", "Parts of a batch, one after the other, to save memory.", OPTIMIZATION
+    ),
     epochs: int = _option("epochs", "Passes over the training set.", OPTIMIZATION),
     lr: float = _option("lr", "Peak learning rate.", OPTIMIZATION),
     momentum: float = _option("momentum", "Momentum.", OPTIMIZATION),
@@ -105,11 +140,26 @@ def train(
     device: Device = _option("device", "Where to train.", RUN),
     amp: Amp = _option("amp", "Mixed precision on a GPU; auto is bf16 there.", RUN),
     threads: int | None = _option("threads", "CPU threads; by default torch's choice.", RUN),
+    deterministic: bool = _option(
+        "deterministic", "On a GPU: the same bits at every run, slower.", RUN
+    ),
     run_dir: Path | None = typer.Option(
         None, help="Directory of the run; by default runs/NAME.", rich_help_panel=RUN
     ),
     name: str | None = typer.Option(
         None, help="NAME of the run; by default from method and time.", rich_help_panel=RUN
+    ),
+    resume: Resume | None = typer.Option(
+        None,
+        help="Go on with the run in --run-dir, exactly where it was; 'auto' starts it when there "
+        "is none.",
+        rich_help_panel=RUN,
+        show_default=False,
+        show_choices=False,
+        metavar="[auto]",
+    ),
+    checkpoint_every: int | None = _option(
+        "checkpoint_every", "Iterations between checkpoints; by default 5 minutes.", RUN
     ),
     force: bool = typer.Option(
         False, "--force", help="Replace the run in the directory.", rich_help_panel=RUN
@@ -142,21 +192,33 @@ def train(
     """Train a network, by default non-BN ResNet-18 on embedded digits, and record every filter."""
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
-    run_config, used_preset = compose(preset or file_preset, file, given)
+    preset = preset or file_preset
+    run_config, used_preset = compose(preset, file, given)
+    directory = _run_directory(run_dir, name, run_config, resume)
+    # A job scheduler's signal ends the run as Ctrl-C does: with a checkpoint, and code 130.
+    stop = _StopRequest()
+    point = None
+    if resume is Resume.REQUIRED or (resume is Resume.AUTO and (directory / "run.json").exists()):
+        from pgt_diag.resuming import resume_point
+
+        if force:
+            raise ConfigurationError("--resume goes on with a run, and --force replaces it")
+        point = resume_point(directory)
+        if point.finished:
+            _console(json_output=json_output, preset=None).show_finished(directory)
+            return
+        chosen = {**PRESETS.get(preset, {}), **file, **given} if preset else {**file, **given}
+        run_config = _agreed(point, run_config, chosen)
     _check_effect(given, run_config.method)
-    directory = _run_directory(run_dir, name, run_config)
 
     # Late, so that a mistyped option is answered before torch is loaded.
-    from commands.console import TrainingConsole
     from pgt_diag import training
 
+    console = _console(json_output=json_output, preset=used_preset if point is None else None)
     if dry_run:
-        plan = training.plan(run_config, directory, download=download, force=force)
-        TrainingConsole(json_output=json_output, preset=used_preset).show_plan(plan)
+        plan = training.plan(run_config, directory, download=download, force=force, resume=point)
+        console.show_plan(plan)
         return
-    # A job scheduler's SIGTERM ends the run as Ctrl-C does: sealed, with its own exit code.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = TrainingConsole(json_output=json_output, preset=used_preset)
     with console:
         path = training.train(
             run_config,
@@ -164,9 +226,56 @@ def train(
             listener=console,
             download=download,
             force=force,
+            resume=point,
+            stop=stop,
             command=["pgt-diag", *sys.argv[1:]],
         )
     console.show_result(path)
+
+
+class _StopRequest:
+    """Remembers a signal, for training to stop at the next iteration with a checkpoint.
+
+    Before training asks for the first time, and at a second Ctrl-C, the process ends at once.
+    """
+
+    def __init__(self) -> None:
+        self._asked = self._requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._hear)
+
+    def __call__(self) -> bool:
+        self._asked = True
+        return self._requested
+
+    def _hear(self, number: int, _: object) -> None:
+        if not self._asked or (self._requested and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        if not self._requested:
+            print("stopping with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+        self._requested = True
+
+
+def _agreed(point: "ResumePoint", asked: RunConfig, chosen: dict[str, Any]) -> RunConfig:
+    """Return the run's configuration, with those of the chosen values that may change.
+
+    Raises ConfigurationError for another chosen value that is not the run's.
+    """
+    for key in chosen:
+        old, new = getattr(point.config, key), getattr(asked, key)
+        if key not in RESUMABLE_WITH and old != new:
+            raise ConfigurationError(
+                f"{key} is {new}, and {old} in the run that --resume goes on with; a changed "
+                "configuration is a new run"
+            )
+    changes = {key: getattr(asked, key) for key in chosen if key in RESUMABLE_WITH}
+    return dataclasses.replace(point.config, **changes)
+
+
+def _console(*, json_output: bool, preset: Preset | None) -> "TrainingConsole":
+    from commands.console import TrainingConsole
+
+    return TrainingConsole(json_output=json_output, preset=preset)
 
 
 def _given_options(ctx: typer.Context) -> dict[str, Any]:
@@ -214,7 +323,11 @@ def _integers(option: str, text: str) -> list[int]:
         ) from None
 
 
-def _run_directory(run_dir: Path | None, name: str | None, config: RunConfig) -> Path:
+def _run_directory(
+    run_dir: Path | None, name: str | None, config: RunConfig, resume: Resume | None
+) -> Path:
+    if resume is not None and run_dir is None and name is None:
+        raise ConfigurationError("--resume needs the run's directory: --run-dir DIR")
     if run_dir is not None and name is not None:
         raise ConfigurationError("--run-dir and --name both name the run; give one of them")
     if run_dir is not None:

@@ -88,6 +88,13 @@ class Augment(StrEnum):
     IMAGENET = "imagenet"
 
 
+class BadImages(StrEnum):
+    """What to do about an image of a folder that cannot be read: stop, or use its neighbour."""
+
+    ERROR = "error"
+    SKIP = "skip"
+
+
 class Device(StrEnum):
     """Where to train; auto takes a CUDA GPU when there is one."""
 
@@ -128,6 +135,7 @@ class RunConfig:
     synthetic_images: int = 512
     synthetic_classes: int = 10
     workers: int = 0
+    bad_images: BadImages = BadImages.ERROR
 
     model: str = "resnet18"
     norm: Norm = Norm.NONE
@@ -142,6 +150,7 @@ class RunConfig:
     label_smoothing: float = 0.0
 
     batch_size: int = 256
+    accumulate: int = 1
     epochs: int = 100
     lr: float = 0.1
     momentum: float = 0.9
@@ -158,7 +167,9 @@ class RunConfig:
     device: Device = Device.AUTO
     amp: Amp = Amp.AUTO
     threads: int | None = None
+    deterministic: bool = False
 
+    checkpoint_every: int | None = None
     record_every: int | None = None
     min_spell: int | None = None
     feature_map_layer: int | None = None
@@ -273,6 +284,10 @@ def _check(config: RunConfig) -> None:
     steps = list(config.step_epochs)
     if steps != sorted(set(steps)) or min(steps, default=1) < 1:
         raise ConfigurationError(f"step_epochs is {steps}; it must increase, from 1 or more")
+    if config.accumulate > config.batch_size:
+        raise ConfigurationError(
+            f"accumulate is {config.accumulate}, and a batch has only {config.batch_size} images"
+        )
     if config.momentum == 1:
         raise ConfigurationError("momentum is 1.0; it must be less than 1")
     if config.device is Device.CPU and config.amp in (Amp.BF16, Amp.FP16):
@@ -291,6 +306,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("agc_eps", 0, _ANY),
     ("label_smoothing", 0, 1),
     ("batch_size", 1, _ANY),
+    ("accumulate", 1, _ANY),
     ("epochs", 1, _ANY),
     ("lr", 0, _ANY),
     ("momentum", 0, 1),
@@ -300,6 +316,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("min_lr", 0, _ANY),
     ("seed", 0, 2**63 - 1),
     ("threads", 1, 4096),
+    ("checkpoint_every", 1, _ANY),
     ("record_every", 1, _ANY),
     ("min_spell", 1, _ANY),
     ("feature_map_layer", 0, _ANY),
@@ -353,6 +370,12 @@ PRESET_OF_DATASET = {
     DatasetName.IMAGEFOLDER: Preset.PAPER,
 }
 """The preset that a data set's recipe is taken from when none is named."""
+
+
+RESUMABLE_WITH = frozenset(
+    {"workers", "bad_images", "data", "device", "threads", "checkpoint_every"}
+)
+"""What may be another at `--resume`: where and how fast a run is made, not which."""
 
 
 def compose(

@@ -2,18 +2,20 @@
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
 import shutil
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from pgt_diag import trace
-from pgt_diag.errors import RunDirectoryError, storage_error
+from pgt_diag import storage, trace
+from pgt_diag.errors import RunDirectoryError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +25,19 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
 FEATURE_MAPS_FOLDER = "feature_maps"
-_OWN_FOLDERS = (
+CHECKPOINTS_FOLDER = "checkpoints"
+SET_ASIDE_FOLDER = "set-aside"
+MAX_RUN_FILE_BYTES = MAX_METRICS_BYTES = 1 << 26
+_TRACE_FOLDERS = (
     trace.NORMS_FOLDER,
     trace.ITERATIONS_FOLDER,
     trace.EVENTS_FOLDER,
-    FEATURE_MAPS_FOLDER,
+    trace.BRIEF_SPELLS_FOLDER,
 )
-_OWN_FILES = (RUN_FILE, METRICS_FILE, trace.EVENTS_FILE, trace.BRIEF_SPELLS_FILE)
+_OWN_FOLDERS = (*_TRACE_FOLDERS, FEATURE_MAPS_FOLDER, CHECKPOINTS_FOLDER, SET_ASIDE_FOLDER)
+_SEALED_FILES = (trace.EVENTS_FILE, trace.BRIEF_SPELLS_FILE)
+_OWN_FILES = (METRICS_FILE, *_SEALED_FILES, RUN_FILE)  # what makes it a run is deleted last
+_LOCK_ATTEMPTS = 10
 
 
 def now() -> str:
@@ -38,12 +46,16 @@ def now() -> str:
 
 
 class RunDirectory:
-    """The writing side of a run directory, but for the trace, which its encoder writes."""
+    """The writing side of a run directory, but for the trace, which its encoder writes.
+
+    run.json holds the fingerprints of the files that keep their name while their content changes,
+    and its own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        self._info: dict[str, Any] = {}
-        self._metrics_columns: list[str] = []
+        self._info: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        self._metrics = ""
 
     @classmethod
     def create(cls, path: Path, *, force: bool = False) -> Self:
@@ -54,6 +66,7 @@ class RunDirectory:
         check_vacant(path, force=force)
         try:
             path.mkdir(parents=True, exist_ok=True)
+            storage.check_no_links(path)
             directory = cls(path)
             directory.lock()
             for name in _OWN_FOLDERS:
@@ -61,71 +74,170 @@ class RunDirectory:
                     shutil.rmtree(path / name)
             for name in _OWN_FILES:
                 (path / name).unlink(missing_ok=True)
-            directory.update({"schema_version": SCHEMA_VERSION, "created": now()})
+            directory.update({"created": now()})
         except OSError as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
         return directory
 
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """Lock the directory of a run that goes on; `restore` makes it fit a checkpoint.
+
+        Raises RunDirectoryError when it is being written, or holds a link.
+        """
+        storage.check_no_links(path)
+        directory = cls(path)
+        try:
+            directory.lock()
+        except OSError as error:
+            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
+        return directory
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return run.json's entries as JSON, and metrics.csv."""
+        return {"info": json.dumps(self._info), "metrics": self._metrics}
+
+    def restore(self, state: dict[str, Any], ends: dict[str, int], iterations: int) -> None:
+        """Go on from a `state_dict`: set aside whatever was recorded after it.
+
+        ends: by trace folder, the first row key that is not kept; iterations: likewise for the
+        feature maps. Done again after a kill in the middle, it does what is left to do.
+        """
+        aside = self._new_aside()
+        self._info = json.loads(state["info"])
+        self._metrics = str(state["metrics"])
+        run_file, metrics_file = self.path / RUN_FILE, self.path / METRICS_FILE
+        found = _content(metrics_file, MAX_METRICS_BYTES)
+        # run.json vouches for a metrics.csv that is there, whichever of the two it is at a kill.
+        digests = [self._metrics_fingerprint(), storage.fingerprint(found)]
+        if not _is_sealed(run_file):
+            _keep(_content(run_file, MAX_RUN_FILE_BYTES), aside, "run", ".json")
+        self.update({"status": "running", "message": None, "digests": {METRICS_FILE: digests}})
+        if found != self._metrics.encode():
+            _keep(found, aside, "metrics", ".csv")
+            storage.write(metrics_file, self._metrics.encode())
+        for name in _SEALED_FILES:
+            if (self.path / name).exists():
+                storage.remove(self.path / name)  # made from parts that are still there
+        for name in _TRACE_FOLDERS:
+            trace.rewind(self.path / name, ends[name], aside / name)
+        for path in sorted((self.path / FEATURE_MAPS_FOLDER).glob("iteration-*.npz")):
+            if int(path.name.split("-")[1]) >= iterations:
+                storage.move(path, aside / FEATURE_MAPS_FOLDER)
+        for path in self.path.glob("**/.*.tmp"):
+            storage.remove(path)
+
+    def _new_aside(self) -> Path:
+        folder = self.path / SET_ASIDE_FOLDER
+        number = len(list(folder.glob("resume-*")))
+        return folder / f"resume-{number + 1:04d}"
+
     def update(self, values: dict[str, Any]) -> None:
         """Merge `values` into run.json, atomically."""
         self._info |= values
-        text = json.dumps(self._info, indent=2, ensure_ascii=False, default=str) + "\n"
-        trace.write_atomically(self.path / RUN_FILE, lambda path: _write_text(path, text))
+        storage.write(self.path / RUN_FILE, seal_info(self._info))
 
     def lock(self) -> None:
         """Keep other writers out until `finish`, or until this process ends."""
-        self._lock = os.open(self.path / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise RunDirectoryError(
-                f"{self.path}: is being written by another run; name another directory"
-            ) from None
+        flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._lock = os.open(self.path / LOCK_FILE, flags, 0o644)
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                # A reader holds it for an instant to see whether the run goes on.
+                time.sleep(0.01 * attempt)
+            else:
+                return
+        os.close(self._lock)
+        raise RunDirectoryError(
+            f"{self.path}: is being written by another run; name another directory"
+        )
 
-    def finish(self, status: str, message: str | None = None) -> None:
-        """Record how the run ended, and let go of the directory."""
+    def unlock(self) -> None:
+        """Let other writers in."""
+        os.close(self._lock)
+
+    def finish(
+        self, status: str, message: str | None = None, sealed: dict[str, bytes] | None = None
+    ) -> None:
+        """Record how the run ended, with the sealed files' content, and let go of it."""
+        sealed = sealed or {}
         try:
-            self.update({"status": status, "message": message, "ended": now()})
+            for name, data in sealed.items():
+                storage.write(self.path / name, data)
+            digests = {name: [storage.fingerprint(data)] for name, data in sealed.items()}
+            self.update(
+                {
+                    "status": status,
+                    "message": message,
+                    "ended": now(),
+                    "digests": {**self._info.get("digests", {}), **digests},
+                }
+            )
+            if status == "finished":
+                for name in (trace.EVENTS_FOLDER, trace.BRIEF_SPELLS_FOLDER):
+                    if (self.path / name).exists():
+                        shutil.rmtree(self.path / name)
         finally:
-            os.close(self._lock)
+            self.unlock()
 
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Append an epoch's row to metrics.csv; the first row's keys are the columns."""
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, self._metrics_columns or list(values), lineterminator="\n")
-        if not self._metrics_columns:
-            self._metrics_columns = list(values)
+        columns = next(csv.reader(io.StringIO(self._metrics)), list(values))
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        if not self._metrics:
             writer.writeheader()
         writer.writerow(values)
-        path = self.path / METRICS_FILE
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(buffer.getvalue())
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise storage_error(path, error) from error
+        before = [self._metrics_fingerprint()] if self._metrics else []
+        self._metrics += buffer.getvalue()
+        digests = {METRICS_FILE: [self._metrics_fingerprint(), *before]}
+        # The new content's fingerprint first: at a kill in between, the old content is still right.
+        self.update({"digests": {**self._info.get("digests", {}), **digests}})
+        storage.write(self.path / METRICS_FILE, self._metrics.encode())
+
+    def _metrics_fingerprint(self) -> str:
+        return storage.fingerprint(self._metrics.encode())
 
     def write_feature_maps(
         self, iteration: int, layer: str, maps: "Tensor", images: "Tensor", labels: list[str]
     ) -> None:
         """Store one snapshot: maps (n, C, H, W) float, images (n, 3, H', W') uint8."""
-        folder = self.path / FEATURE_MAPS_FOLDER
-        folder.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            iteration=np.int64(iteration),
+            layer=np.asarray(layer),
+            maps=maps.float().cpu().numpy(),
+            images=images.cpu().numpy(),
+            labels=np.asarray(labels),
+        )
+        data = buffer.getvalue()
+        folder = _made(self.path / FEATURE_MAPS_FOLDER)
+        name = f"iteration-{iteration:012d}-{storage.fingerprint(data)}.npz"
+        storage.write(folder / name, data)
 
-        def write(path: Path) -> None:
-            with path.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    iteration=np.int64(iteration),
-                    layer=np.asarray(layer),
-                    maps=maps.float().cpu().numpy(),
-                    images=images.cpu().numpy(),
-                    labels=np.asarray(labels),
-                )
 
-        trace.write_atomically(folder / f"iteration-{iteration:012d}.npz", write)
+def seal_info(info: dict[str, Any]) -> bytes:
+    """Return run.json's content: `info`, and the SHA-256 of it, so that damage is found."""
+    plain = json.loads(json.dumps(info, default=str))
+    plain.pop("sha256", None)
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
+    plain["sha256"] = hashlib.sha256(text.encode(errors="replace")).hexdigest()
+    return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def open_info(data: bytes) -> dict[str, Any]:
+    """Return what `seal_info` sealed; ValueError when the content is not what was written."""
+    info = json.loads(data)
+    if not isinstance(info, dict):
+        raise TypeError("no JSON object")
+    digest = info.pop("sha256", None)
+    if seal_info(info) != data:
+        was = "its checksum differs" if digest else "it has no checksum"
+        raise ValueError(f"its content is not what was written ({was})")
+    return info
 
 
 def check_vacant(path: Path, *, force: bool = False) -> None:
@@ -141,9 +253,28 @@ def check_vacant(path: Path, *, force: bool = False) -> None:
         raise RunDirectoryError(f"{path}: holds other files; name an empty or new directory")
     if not force:
         raise RunDirectoryError(
-            f"{path}: already holds a run; name another directory, or replace it with --force"
+            f"{path}: already holds a run; name another directory, go on with --resume, or "
+            "replace it with --force"
         )
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def _is_sealed(path: Path) -> bool:
+    try:
+        open_info(storage.read(path, MAX_RUN_FILE_BYTES))
+    except (ValueError, TypeError, RunDirectoryError):
+        return False
+    return True
+
+
+def _content(path: Path, limit: int) -> bytes:
+    return storage.read(path, limit) if path.exists() else b""
+
+
+def _keep(data: bytes, folder: Path, stem: str, suffix: str) -> None:
+    if data:
+        storage.write(_made(folder) / f"{stem}-{storage.fingerprint(data)}{suffix}", data)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

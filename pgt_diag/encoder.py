@@ -5,15 +5,16 @@ with their windows' extremes.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pgt_diag import trace
+from pgt_diag import storage, trace
 from pgt_diag.filters import EVENT_KINDS, MIN_DEATH_WINDOW, SpellTracker, filter_states
 
 SCALARS = (
@@ -126,6 +127,7 @@ class TraceEncoder:
         min_spell: int = 1,
         ratios: tuple[float, float],
         stop_when_diverged: bool = False,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
         self.layers = layers
@@ -142,12 +144,59 @@ class TraceEncoder:
         self._norms = trace.PartWriter(directory / trace.NORMS_FOLDER)
         self._steps = trace.PartWriter(directory / trace.ITERATIONS_FOLDER)
         self._events = trace.PartWriter(directory / trace.EVENTS_FOLDER)
+        self._brief_folder = directory / trace.BRIEF_SPELLS_FOLDER
+        self._brief_folder.mkdir(exist_ok=True)
+        self._brief_written = 0
         self._event_count = 0
         self._windows: dict[str, _Windows] = {}
         self._stored: list[int] = []
+        self._stored_count = 0
+        self._last_stored = -1
         self._last: dict[str, Floats] = {}
         self._step_tables: list[pa.Table] = []
         self._event_rows: list[NDArray[np.int64]] = []
+        if state is not None:
+            self._load(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes on from here, after `flush`: arrays, numbers and text."""
+        loss, accuracy = self.latest
+        return {
+            "iterations": self.iterations,
+            "event_count": self._event_count,
+            "stored_count": self._stored_count,
+            "last_stored": self._last_stored,
+            "latest": [loss, accuracy],
+            "dead_filters": self.dead_filters,
+            "dead_for": self._dead_for,
+            "initial_norms": self._initial_norms,
+            "spells": self._spells.state_dict(),
+            "last": dict(self._last),
+            "windows": {
+                name: [window.low, window.high]
+                for name, window in self._windows.items()
+                if window.low is not None
+            },
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.iterations = int(state["iterations"])
+        self._event_count = int(state["event_count"])
+        self._stored_count = int(state["stored_count"])
+        self._last_stored = int(state["last_stored"])
+        loss, accuracy = state["latest"]
+        self.latest = (float(loss), float(accuracy))
+        self.dead_filters = int(state["dead_filters"])
+        self._dead_for = np.array(state["dead_for"], dtype=np.int64)
+        self._initial_norms = np.array(state["initial_norms"], dtype=np.float32)
+        filters = (self.layers.offsets[-1],)
+        if not self._dead_for.shape == self._initial_norms.shape == filters:
+            raise ValueError(f"not of {filters[0]} filters")
+        self._spells.load_state_dict(state["spells"])
+        self._last = {name: np.array(values) for name, values in state["last"].items()}
+        self._windows = {name: _Windows() for name in self._last}
+        for name, (low, high) in state["windows"].items():
+            self._windows[name] = _Windows(np.array(low), np.array(high))
 
     def add(self, block: Block) -> None:
         """Take the next block."""
@@ -176,6 +225,8 @@ class TraceEncoder:
         """Write everything taken so far to part files."""
         if self._stored:
             self._norms.write(self._norm_table(), self._stored[0], self._stored[-1])
+            self._stored_count += len(self._stored)
+            self._last_stored = self._stored[-1]
             self._stored = []
         if self._step_tables:
             table = pa.concat_tables(self._step_tables).combine_chunks()
@@ -188,21 +239,25 @@ class TraceEncoder:
             last_event = self._event_count + len(rows) - 1
             self._events.write(self._event_table(rows), self._event_count, last_event)
             self._event_count += len(rows)
+        if (brief := int(self._spells.brief.sum())) != self._brief_written:
+            self._brief_written = brief
             self._write_brief_spells()
 
-    def seal(self) -> None:
-        """Store the last iteration's norms, flush, merge the small parts, close the event log."""
-        if self._last and (self.iterations - 1) not in self._stored:
+    def seal(self, *, complete: bool) -> dict[str, bytes]:
+        """Flush and merge the small parts; return the event log and the brief spells as files.
+
+        A `complete` run is never resumed: its last iteration's norms are stored too.
+        """
+        if complete and self.iterations - 1 not in (self._last_stored, *self._stored[-1:]):
             self._store_last()
         self.flush()
-        for writer in (self._norms, self._steps):
+        for writer in (self._norms, self._steps, self._events):
             writer.merge()
-        self._write_brief_spells()
         events = resolve_events(trace.read_parts(self._events.folder))
-        trace.write_table(self.directory / trace.EVENTS_FILE, events)
-        for path in self._events.folder.iterdir():
-            path.unlink()
-        self._events.folder.rmdir()
+        return {
+            trace.EVENTS_FILE: trace.encode_table(events),
+            trace.BRIEF_SPELLS_FILE: trace.encode_table(self._brief_table()),
+        }
 
     def _before_divergence(self, block: Block) -> Block:
         """Drop the first step whose loss is not finite, and whatever follows it."""
@@ -258,8 +313,6 @@ class TraceEncoder:
     def _store_last(self) -> None:
         for name, values in self._last.items():
             window = self._windows[name]
-            if window.low is None:
-                return  # the last iteration was stored and already flushed
             window.rows.append(np.stack((values, window.low, window.high)))  # type: ignore[arg-type]
             window.low = window.high = None
         self._stored.append(self.iterations - 1)
@@ -291,12 +344,19 @@ class TraceEncoder:
         ]
         return pa.table(columns, schema=trace.EVENT_SCHEMA)
 
-    def _write_brief_spells(self) -> None:
+    def _brief_table(self) -> pa.Table:
         kind, flat = np.nonzero(self._spells.brief)
         rows = np.stack((kind, flat, np.zeros_like(kind), np.zeros_like(kind)), axis=1)
         table = self._event_table(rows).drop_columns(["start_iteration", "end_iteration"])
-        table = table.append_column("spells", pa.array(self._spells.brief[kind, flat]))
-        trace.write_table(self.directory / trace.BRIEF_SPELLS_FILE, table)
+        return table.append_column("spells", pa.array(self._spells.brief[kind, flat]))
+
+    def _write_brief_spells(self) -> None:
+        """Write the counts up to now; the wider part takes the place of the one before."""
+        older = trace.all_parts(self._brief_folder)
+        newest = trace.write_part(self._brief_folder, self._brief_table(), 0, self.iterations - 1)
+        for part in older:
+            if part.path != newest.path:
+                storage.remove(part.path)
 
 
 def resolve_events(parts: Sequence[pa.Table]) -> pa.Table:

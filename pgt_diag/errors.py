@@ -49,6 +49,6 @@ class NoSpaceError(RunDirectoryError):
 def storage_error(path: Path, error: OSError) -> RunDirectoryError:
     """Return the error that tells why `path` could not be written."""
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return NoSpaceError(f"{path}: no space left ({reason}); what was recorded before is intact")
     return RunDirectoryError(f"{path}: cannot be written: {reason}")

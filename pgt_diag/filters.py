@@ -5,7 +5,8 @@ or a file.
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,24 @@ class SpellTracker:
         self._since = np.full((len(EVENT_KINDS), filters), -1, dtype=np.int64)
         self._reported = np.zeros((len(EVENT_KINDS), filters), dtype=bool)
         self._next_iteration = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what goes on from here: the spells that last, and the counts."""
+        return {
+            "brief": self.brief,
+            "since": self._since,
+            "reported": self._reported,
+            "next_iteration": self._next_iteration,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict` of as many filters; ValueError when they differ."""
+        arrays = [np.array(state[name]) for name in ("brief", "since", "reported")]
+        if any(array.shape != self.brief.shape for array in arrays):
+            raise ValueError(f"spells of {arrays[0].shape[-1]} filters, not {self.brief.shape[-1]}")
+        self.brief, self._since = (array.astype(np.int64) for array in arrays[:2])
+        self._reported = arrays[2].astype(bool)
+        self._next_iteration = int(state["next_iteration"])
 
     def update(self, states: NDArray[np.bool_]) -> Spells:
         """Take the states of the next T iterations, (kinds, T, F); return new and ended spells."""

@@ -1,6 +1,7 @@
 """What a training run tells while it goes on: its plan, its progress, its epochs."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ class Plan:
     device: str
     amp: Amp
     iterations: int
+    done: int
+    """Iterations made before, by the run that this one goes on with."""
+    disk_bytes: int
+    """About how much the run will write, at most."""
+    notes: tuple[str, ...]
+    """What a person should know of the run that this one goes on with: damage, another machine."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class Listener:
     def finished_epoch(self, metrics: dict[str, Any]) -> None:
         """After every epoch, with its row of metrics.csv."""
 
+    def replaced_images(self, paths: list[str]) -> None:
+        """When an epoch has met more unreadable images; these others were used for so far."""
+
 
 @dataclass(frozen=True)
 class EpochMetrics:
@@ -71,36 +81,63 @@ class Meter:
         self._batch_size = batch_size
         self._images = batch_size * batches_per_epoch
         self._iterations = batches_per_epoch * epochs
-        self._started = time.perf_counter()
+        self._earlier = self._recorder_earlier = 0.0
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Start the clock, with `step` steps made by an earlier process."""
+        self._first = step
+        self._started = self._epoch_started = time.perf_counter()
+        self._recorder_started = 0.0
 
     def start_epoch(self, recorder_seconds: float) -> None:
-        """Start the clock; `recorder_seconds` is what the recorder has taken so far."""
+        """Start the epoch's clock; `recorder_seconds` is what the recorder has taken so far."""
         self._epoch_started = time.perf_counter()
-        self._recorder_seconds = recorder_seconds
+        self._recorder_started = recorder_seconds
+
+    def state_dict(self, recorder_seconds: float) -> dict[str, float]:
+        """Return what the epoch has taken so far, to go on from in another process."""
+        return {
+            "epoch_seconds": self._epoch_seconds(),
+            "recorder_seconds": self._recorder_seconds(recorder_seconds),
+        }
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Count the time that an earlier process has spent in this epoch."""
+        self._earlier = float(state["epoch_seconds"])
+        self._recorder_earlier = float(state["recorder_seconds"])
 
     def progress(self, epoch: int, recorder: FilterRecorder) -> Progress:
         """Return where the run stands."""
-        done = recorder.steps
+        done = recorder.steps - self._first
         elapsed = time.perf_counter() - self._started
         loss, accuracy = recorder.latest
         return Progress(
             epoch=epoch,
-            iteration=done,
+            iteration=recorder.steps,
             loss=loss,
             accuracy=accuracy,
             images_per_second=done * self._batch_size / elapsed,
-            seconds_left=elapsed / done * (self._iterations - done),
+            seconds_left=elapsed / done * (self._iterations - recorder.steps),
             dead_filters=recorder.dead_filters,
         )
 
     def finish_epoch(self, sums: Tensor, recorder: FilterRecorder) -> EpochMetrics:
         """Return the epoch's metrics; sums: (2,) Σ loss and correct predictions."""
         loss, correct = (sums / self._images).tolist()
-        seconds = time.perf_counter() - self._epoch_started
+        seconds = self._epoch_seconds()
+        recorder_seconds = self._recorder_seconds(recorder.seconds)
+        self._earlier = self._recorder_earlier = 0.0
         return EpochMetrics(
             loss=loss,
             accuracy=100 * correct,
             seconds=seconds,
             images_per_second=self._images / seconds,
-            recorder_seconds=recorder.seconds - self._recorder_seconds,
+            recorder_seconds=recorder_seconds,
         )
+
+    def _epoch_seconds(self) -> float:
+        return self._earlier + time.perf_counter() - self._epoch_started
+
+    def _recorder_seconds(self, now: float) -> float:
+        return self._recorder_earlier + now - self._recorder_started

@@ -9,28 +9,30 @@ import atexit
 import difflib
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pgt_diag import trace
 from pgt_diag.activations import Tap, convolutions
 from pgt_diag.directory import RunDirectory
 from pgt_diag.encoder import SCALARS, TraceEncoder, layer_slices
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver
+from pgt_diag.reading import Ending, Layer
 from pgt_diag.reductions import filter_norms
 from pgt_diag.ring import Ring, RowLayout
-from pgt_diag.run import Layer
 from pgt_diag.writer import WriterThread
 
-_HANDOVER_SECONDS = 1.0
-Status = Literal["finished", "interrupted", "diverged", "failed"]
+_HANDOVER_SECONDS = 0.25
+"""So long a row waits at most for the writer; with `writer.FLUSH_SECONDS`, what a kill can cost."""
 
 
 class FilterRecorder:
@@ -68,11 +70,16 @@ class FilterRecorder:
         stop_when_diverged: take a NaN or infinite loss, told by `log`, for the end: that iteration
             and later ones are not recorded, and `diverged_at` names it.
         info: more entries for run.json, plain JSON values.
+        resume: a `state_dict` of an earlier recorder of the run in `directory`, saved with the
+            model's and the optimizer's: recording goes on from there, each iteration once. What
+            was recorded after it is moved to `set-aside/`.
         force: replace a run that the directory already holds.
 
     Raises:
-        ConfigurationError: the model has no convolution, or a name is unknown.
-        RunDirectoryError: the directory already holds a run.
+        ConfigurationError: the model has no convolution, or a name is unknown; `resume` is of
+            another model or other settings.
+        RunDirectoryError: the directory already holds a run, is being written, or lacks what
+            `resume` goes on from.
         RecorderError: under data parallelism; at a step that no training forward pass of `model`
             preceded, or that takes a closure.
     """
@@ -91,6 +98,7 @@ class FilterRecorder:
         zeroed_ratio: float = ZEROED_RATIO,
         stop_when_diverged: bool = False,
         info: dict[str, Any] | None = None,
+        resume: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> None:
         self.model = model
@@ -116,19 +124,33 @@ class FilterRecorder:
         self._stop_when_diverged = stop_when_diverged
         self._initial_norms = torch.empty(self._layers.offsets[-1], device=self._device)
         self._write_weight_norms(self._initial_norms)
-        self._directory = RunDirectory.create(Path(directory), force=force)
-        self._directory.update(
-            {
-                "status": "running",
-                "message": None,
-                "model": type(model).__name__,
-                "record_every": record_every,
-                "min_spell": min_spell,
-                "collapsed_ratio": collapsed_ratio,
-                "zeroed_ratio": zeroed_ratio,
-                **(info or {}),
-            }
-        )
+        settings = {
+            "record_every": record_every,
+            "min_spell": min_spell,
+            "collapsed_ratio": collapsed_ratio,
+            "zeroed_ratio": zeroed_ratio,
+        }
+        self._identity: dict[str, Any] = {
+            "layers": list(
+                map(list, zip(self._layers.names, self._layers.offsets[1:], strict=True))
+            ),
+            "settings": settings,
+        }
+        if resume is None:
+            self._directory = RunDirectory.create(Path(directory), force=force)
+            self._directory.update(
+                {
+                    "status": "running",
+                    "message": None,
+                    "model": type(model).__name__,
+                    **settings,
+                    **(info or {}),
+                }
+            )
+        else:
+            self._check_identity(resume)
+            self._directory = RunDirectory.reopen(Path(directory))
+            self._restore(resume, info or {})
         self._convolution_ids = {id(weight) for weight in weights}
         self._slices = dict(self._layers)
 
@@ -137,7 +159,9 @@ class FilterRecorder:
         self._handed_over = time.monotonic()
         self._steps = 0
         self._told: dict[str, Any] = {}
-        self._seconds = 0.0
+        self._seconds = self._earlier_seconds = 0.0
+        if resume is not None:
+            self._go_on(resume)
         self._started = time.perf_counter()
         self._forget_seen()
         self._observer = MapObserver(model, self, named_taps=taps or {}, gap_module=gap_module)
@@ -156,7 +180,7 @@ class FilterRecorder:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        _: TracebackType | None,
     ) -> None:
         if kind is None:
             self.close()
@@ -164,7 +188,7 @@ class FilterRecorder:
         if isinstance(error, SystemExit) and error.code in (None, 0):
             self.close()
             return
-        status: Status = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
+        status: Ending = "interrupted" if issubclass(kind, KeyboardInterrupt) else "failed"
         self.close(status, message=f"{kind.__name__}: {error}")
 
     @property
@@ -230,6 +254,10 @@ class FilterRecorder:
         }
         self._told |= {name: value for name, value in told.items() if value is not None}
 
+    def update_info(self, values: dict[str, Any]) -> None:
+        """Merge entries, plain JSON values, into run.json."""
+        self._directory.update(values)
+
     def log_epoch(self, values: dict[str, Any]) -> None:
         """Append one row to metrics.csv; the first call decides the columns."""
         self._directory.append_metrics(values)
@@ -257,7 +285,27 @@ class FilterRecorder:
         if self._writer is not None and self._step_handles:
             self._writer.flush()
 
-    def close(self, status: Status = "finished", message: str | None = None) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Put every iteration so far on disk; return what a later recorder's `resume` goes on from.
+
+        Call it between two iterations, and save it with `torch.save` beside the model's and the
+        optimizer's state: it holds tensors, numbers and text only, so that `torch.load(...,
+        weights_only=True)` reads it.
+        """
+        self.flush()
+        encoder = self._writer.encoder.state_dict() if self._writer is not None else None
+        state = {
+            **self._identity,
+            "steps": self._steps,
+            "seconds": self.seconds,
+            "training_seconds": self._training_seconds,
+            "directory": self._directory.state_dict(),
+            "encoder": encoder,
+        }
+        tensors: dict[str, Any] = _with_tensors(state)
+        return tensors
+
+    def close(self, status: Ending = "finished", message: str | None = None) -> None:
         """Take the hooks off, write everything, seal the run; further calls do nothing."""
         if not self._step_handles:
             return
@@ -266,17 +314,19 @@ class FilterRecorder:
         for handle in self._step_handles:
             handle.remove()
         self._step_handles = []
+        sealed = {}
         try:
             try:
                 self._hand_over()
             finally:
                 if self._writer is not None:
-                    self._writer.close()
+                    complete = status in ("finished", "diverged")
+                    sealed = self._writer.close(complete=complete)
         except BaseException as error:
             self._directory.finish("failed", f"recording stopped: {error}")
             raise
-        self._directory.update({"overhead": self._overhead()})
-        self._directory.finish(status, message)
+        self._directory.update({"overhead": self._overhead(), "iterations": self.iterations})
+        self._directory.finish(status, message, sealed)
 
     def _close_at_exit(self) -> None:
         self.close("interrupted", "the process ended before the recorder was closed")
@@ -328,6 +378,10 @@ class FilterRecorder:
             for index, (name, module) in enumerate(self._convolutions.items())
         ]
         self._directory.update({"gap_source": str(gap_tap), "layers": layers})
+        if self._writer is None:
+            self._start_writer(None)
+
+    def _start_writer(self, state: Mapping[str, Any] | None) -> None:
         encoder = TraceEncoder(
             self._directory.path,
             self._layers,
@@ -336,8 +390,41 @@ class FilterRecorder:
             min_spell=self._min_spell,
             ratios=self._ratios,
             stop_when_diverged=self._stop_when_diverged,
+            state=state,
         )
         self._writer = WriterThread(encoder)
+
+    # Resuming
+
+    def _check_identity(self, resume: Mapping[str, Any]) -> None:
+        """Raise ConfigurationError unless `resume` is of this model and these settings."""
+        for kind, mine in self._identity.items():
+            theirs = resume.get(kind)
+            if theirs != mine:
+                detail = f"{theirs}, not {mine}" if kind == "settings" else "other convolutions"
+                raise ConfigurationError(f"the recorder's state is of other {kind}: {detail}")
+
+    def _restore(self, resume: Mapping[str, Any], info: dict[str, Any]) -> None:
+        encoder = resume["encoder"] or {"iterations": 0, "event_count": 0, "last_stored": -1}
+        ends = {
+            trace.NORMS_FOLDER: int(encoder["last_stored"]) + 1,
+            trace.ITERATIONS_FOLDER: int(encoder["iterations"]),
+            trace.EVENTS_FOLDER: int(encoder["event_count"]),
+            trace.BRIEF_SPELLS_FOLDER: 0,
+        }
+        try:
+            self._directory.restore(resume["directory"], ends, ends[trace.ITERATIONS_FOLDER])
+            self._directory.update(info)
+        except BaseException:
+            self._directory.unlock()
+            raise
+
+    def _go_on(self, resume: Mapping[str, Any]) -> None:
+        self._steps = int(resume["steps"])
+        self._seconds = float(resume["seconds"])
+        self._earlier_seconds = float(resume["training_seconds"])
+        if resume["encoder"] is not None:
+            self._start_writer(resume["encoder"])
 
     @torch.no_grad()
     def _before_step(
@@ -455,8 +542,12 @@ class FilterRecorder:
     def _overhead(self) -> dict[str, float]:
         return {
             "recorder_seconds": self.seconds,
-            "training_seconds": time.perf_counter() - self._started,
+            "training_seconds": self._training_seconds,
         }
+
+    @property
+    def _training_seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._started
 
 
 def _check_names(kind: str, known: Iterable[str], names: Iterable[str]) -> None:
@@ -465,3 +556,14 @@ def _check_names(kind: str, known: Iterable[str], names: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigurationError(f"the model has no {kind} '{name}'{hint}")
+
+
+def _with_tensors(value: Any) -> Any:
+    """Return nested values with NumPy arrays as tensors: a safe `torch.load` knows only these."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, dict):
+        return {key: _with_tensors(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(entry) for entry in value]
+    return value

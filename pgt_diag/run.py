@@ -6,59 +6,49 @@ runs/<name>/
   metrics.csv           one row per epoch
   trace/*.parquet       stored rows of norms, a list column per quantity and layer
   iterations/*.parquet  every iteration: loss, accuracy, lr, gradient norm, filters per state
-  events.parquet        the event log (events/*.parquet while the run lasts)
-  brief_spells.parquet  spells too short for the log, counted per filter
+  events.parquet        the event log (events/*.parquet until the run is finished)
+  brief_spells.parquet  spells too short for the log, counted per filter (likewise)
   feature_maps/*.npz    feature maps of fixed images
+  checkpoints/*.pt      what training goes on from, the newest two
+  set-aside/            what was recorded after the checkpoint that a resumed run went on from
   .lock                 held by the process that writes here
 ```
+
+Every file's content is checked against its SHA-256, which is in its name, in run.json, or (for
+run.json) in itself.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import io
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
-from pgt_diag import trace
+from pgt_diag import storage, trace
 from pgt_diag.config import RunConfig
-from pgt_diag.directory import FEATURE_MAPS_FOLDER, METRICS_FILE, RUN_FILE, SCHEMA_VERSION
+from pgt_diag.directory import FEATURE_MAPS_FOLDER, MAX_METRICS_BYTES, METRICS_FILE, RUN_FILE
 from pgt_diag.encoder import SCALARS, resolve_events
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.filters import EVENT_KINDS
+from pgt_diag.reading import (
+    MAX_COUNT,
+    FeatureMaps,
+    Status,
+    check_columns,
+    digests_of,
+    is_locked,
+    read_feature_maps,
+    read_info,
+    read_layers,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-
-@dataclass(frozen=True)
-class Layer:
-    """A recorded convolution: qualified name, the paper's index, filters, what was observed."""
-
-    name: str
-    index: int
-    filters: int
-    weight_shape: tuple[int, ...]
-    activation: str
-
-
-@dataclass(frozen=True)
-class FeatureMaps:
-    """Post-activation maps of one layer for fixed images at one iteration.
-
-    maps: (images, channels, H, W) float32; images: (images, 3, H', W') uint8; labels: the images'
-    classes. `iteration` is the number of iterations done when they were taken.
-    """
-
-    iteration: int
-    layer: str
-    maps: NDArray[np.float32]
-    images: NDArray[np.uint8]
-    labels: tuple[str, ...]
+_READ_ATTEMPTS = 5
 
 
 class Run:
@@ -71,24 +61,20 @@ class Run:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = path.resolve().name
-        self.info = _read_info(path)
-        try:
-            self.layers = tuple(
-                Layer(**{**layer, "weight_shape": tuple(layer["weight_shape"])})
-                for layer in self.info.get("layers", [])
-            )
-        except (TypeError, KeyError) as error:
-            raise RunDirectoryError(f"{path / RUN_FILE}: unusable layer list: {error}") from None
-        self._layers = {layer.name: layer for layer in self.layers}
+        self.info = read_info(path)
+        if self.info.get("status") == "running" and not is_locked(path):
+            message = "the process that recorded it was killed"
+            self.info |= {"status": "interrupted", "message": message}
+        self.layers = read_layers(path, self.info.get("layers", []))
+        self._by_name = {layer.name: layer for layer in self.layers}
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, status={self.status!r})"
 
     @property
-    def status(self) -> Literal["running", "finished", "interrupted", "diverged", "failed"]:
+    def status(self) -> Status:
         """How the run stands."""
-        status: Literal["running", "finished", "interrupted", "diverged", "failed"]
-        status = self.info.get("status", "failed")
+        status: Status = self.info.get("status") or "failed"
         return status
 
     @cached_property
@@ -107,11 +93,12 @@ class Run:
         """One row per epoch."""
         import pandas as pd
 
-        path = self.path / METRICS_FILE
-        if not path.exists():
+        if not (self.path / METRICS_FILE).exists():
             return pd.DataFrame()
+        path = self.path / METRICS_FILE
+        data = self._vouched_for(METRICS_FILE, lambda: storage.read(path, MAX_METRICS_BYTES))
         try:
-            return pd.read_csv(path)
+            return pd.read_csv(io.BytesIO(data))
         except (ValueError, OSError) as error:
             raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
 
@@ -120,7 +107,7 @@ class Run:
         """Every iteration's loss, accuracy (percent), lr, gradient norms, clip coefficient."""
         import pandas as pd
 
-        parts = trace.read_parts(self.path / trace.ITERATIONS_FOLDER, ["iteration", *SCALARS])
+        parts = self._rows(trace.ITERATIONS_FOLDER, ["iteration", *SCALARS])
         columns: dict[str, Any] = {
             name: np.concatenate([part[name].to_numpy() for part in parts]) if parts else []
             for name in ("iteration", *SCALARS)
@@ -133,8 +120,7 @@ class Run:
 
         Empty before the first.
         """
-        folder = self.path / trace.ITERATIONS_FOLDER
-        for part in trace.read_parts(folder, ["iteration", *SCALARS], newest=True):
+        for part in self._rows(trace.ITERATIONS_FOLDER, ["iteration", *SCALARS], newest=True):
             for row in part.slice(part.num_rows - 1).to_pylist():
                 return dict(row)
         return {}
@@ -188,11 +174,14 @@ class Run:
         """The event log; `end_iteration` is NA while a spell lasts."""
         import pandas as pd
 
-        sealed = self.path / trace.EVENTS_FILE
-        if sealed.exists():
-            table = trace.read_table(sealed)
-        else:
-            table = resolve_events(trace.read_parts(self.path / trace.EVENTS_FOLDER))
+        def parts() -> pa.Table:
+            log = trace.read_parts(self.path / trace.EVENTS_FOLDER)
+            self._check_tables(log, trace.EVENT_SCHEMA, trace.EVENTS_FOLDER)
+            return resolve_events(log)
+
+        table = self._sealed_table(trace.EVENTS_FILE, parts)
+        self._check_tables([table], trace.EVENT_SCHEMA, trace.EVENTS_FILE)
+        self._check_filters(table, trace.EVENTS_FILE)
         frame: pd.DataFrame = table.to_pandas()
         frame["end_iteration"] = pd.array(table["end_iteration"].to_pylist(), dtype="Int64")
         return frame
@@ -202,32 +191,95 @@ class Run:
         """Spells shorter than min_spell: kind, layer, layer_index, filter, spells (a count)."""
         import pandas as pd
 
-        path = self.path / trace.BRIEF_SPELLS_FILE
-        columns = ["kind", "layer", "layer_index", "filter", "spells"]
-        return (
-            trace.read_table(path).to_pandas() if path.exists() else pd.DataFrame(columns=columns)
+        folder = self.path / trace.BRIEF_SPELLS_FOLDER
+        empty = trace.BRIEF_SPELLS_SCHEMA.empty_table()
+        table = self._sealed_table(
+            trace.BRIEF_SPELLS_FILE, lambda: pa.concat_tables([empty, *trace.read_parts(folder)])
         )
+        self._check_tables([table], trace.BRIEF_SPELLS_SCHEMA, trace.BRIEF_SPELLS_FILE)
+        self._check_filters(table, trace.BRIEF_SPELLS_FILE)
+        frame: pd.DataFrame = table.to_pandas()
+        return frame
 
     @cached_property
     def feature_maps(self) -> tuple[FeatureMaps, ...]:
         """The snapshots, in order of iteration."""
         folder = self.path / FEATURE_MAPS_FOLDER
         paths = sorted(folder.glob("iteration-*.npz")) if folder.is_dir() else []
-        return tuple(_read_feature_maps(path) for path in paths)
+        return tuple(read_feature_maps(path) for path in paths)
+
+    def _vouched_for(self, name: str, read: Callable[[], bytes]) -> bytes:
+        """Return a file's content, once it is one that run.json has the fingerprint of."""
+        for _ in range(_READ_ATTEMPTS):
+            digests = digests_of(read_info(self.path), name)
+            data = read()
+            if storage.fingerprint(data) in digests:
+                return data
+            # The run may go on, and have written both anew in between: look again.
+        raise storage.damaged(self.path / name)
+
+    def _sealed_table(self, name: str, parts: Callable[[], pa.Table]) -> pa.Table:
+        """Return a table that is one file once the run has ended, and parts before."""
+        for _ in range(_READ_ATTEMPTS):
+            digests = digests_of(read_info(self.path), name)
+            if digests:
+                try:
+                    return trace.read_table(self.path / name, digests)
+                except FileNotFoundError:
+                    raise RunDirectoryError(f"{self.path / name}: is missing") from None
+            table = parts()
+            if not digests_of(read_info(self.path), name):
+                return table
+        raise AssertionError
+
+    def _check_tables(self, tables: list[pa.Table], schema: pa.Schema, name: str) -> None:
+        for table in tables:
+            if not table.schema.equals(schema):
+                raise RunDirectoryError(f"{self.path / name}: not the columns that belong there")
+
+    def _check_filters(self, table: pa.Table, name: str) -> None:
+        """Raise RunDirectoryError unless every row names a state of a filter of this run."""
+        layer, index = table["layer_index"].to_numpy(), table["filter"].to_numpy()
+        sizes = np.array([each.filters for each in self.layers], dtype=np.int64)
+        known = np.isin(table["kind"].to_numpy(), EVENT_KINDS) & (layer >= 0)
+        known &= (layer < len(sizes)) & (index >= 0)
+        if known.all():
+            names = np.array([each.name for each in self.layers], dtype=object)
+            known &= (index < sizes[layer]) & (names[layer] == table["layer"].to_numpy())
+        if not known.all():
+            raise RunDirectoryError(f"{self.path / name}: names a state or filter that is not here")
+
+    def _rows(self, folder: str, columns: list[str], *, newest: bool = False) -> list[pa.Table]:
+        """Read columns of the parts in a folder; RunDirectoryError unless they fit the layers."""
+        tables = trace.read_parts(self.path / folder, columns, newest=newest)
+        last = -1
+        for table in tables:
+            check_columns(table, self.path / folder)
+            numbers = table["iteration"].to_numpy()
+            steps = np.diff(numbers, prepend=last)
+            if (steps <= 0).any() or numbers[-1:].max(initial=0) >= MAX_COUNT:
+                raise RunDirectoryError(f"{self.path / folder}: iterations are not in order")
+            if folder == trace.ITERATIONS_FOLDER and not newest and (steps != 1).any():
+                gap = int(numbers[steps != 1][0])
+                raise RunDirectoryError(f"{self.path / folder}: no iteration {gap - 1:,} is there")
+            last = numbers[-1] if len(numbers) else last
+        return tables
 
     def _norms(self, quantity: str, layer: str | None, window: str | None) -> "pd.DataFrame":
         import pandas as pd
 
-        if layer is not None and layer not in self._layers:
+        if layer is not None and layer not in self._by_name:
             raise KeyError(f"no layer {layer!r} in {self.path}")
         value = trace.column_name(quantity, layer)
         extreme = trace.column_name(f"{quantity}_{window}", layer)
         wanted = ["iteration", value] + ([extreme] if window else [])
-        tables = trace.read_parts(self.path / trace.NORMS_FOLDER, wanted)
+        tables = self._rows(trace.NORMS_FOLDER, wanted)
         # A run of NaN alone is not stored: its width is that of the parts that have the column.
         widths = [table[value].type.list_size for table in tables if value in table.column_names]
         width = widths[0] if layer is None and widths else 0
-        width = width if layer is None else self._layers[layer].filters
+        width = width if layer is None else self._by_name[layer].filters
+        if any(found != width for found in widths):
+            raise RunDirectoryError(f"{self.path / trace.NORMS_FOLDER}: {value} has another width")
         parts, numbers = [], []
         for table in tables:
             # Where every iteration is stored, a window is that iteration alone.
@@ -245,8 +297,12 @@ class Run:
     def _per_layer(self, column: str) -> "pd.DataFrame":
         import pandas as pd
 
-        tables = trace.read_parts(self.path / trace.ITERATIONS_FOLDER, ["iteration", column])
+        tables = self._rows(trace.ITERATIONS_FOLDER, ["iteration", column])
         names = [layer.name for layer in self.layers]
+        for table in tables:
+            if column not in table.column_names or table[column].type.list_size != len(names):
+                folder = self.path / trace.ITERATIONS_FOLDER
+                raise RunDirectoryError(f"{folder}: {column} is not there for every layer")
         if not tables:
             return pd.DataFrame(columns=names, index=pd.Index([], name="iteration"))
         table = pa.concat_tables(tables)
@@ -268,34 +324,3 @@ def find_runs(path: Path) -> Iterator[Path]:
         yield path
     elif path.is_dir():
         yield from sorted(child for child in path.iterdir() if (child / RUN_FILE).exists())
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    file = path / RUN_FILE
-    if not file.exists():
-        raise RunDirectoryError(f"{path}: no run here ({RUN_FILE} is missing)")
-    try:
-        info = json.loads(file.read_text(encoding="utf-8"))
-        version = info["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(f"{file}: damaged or unreadable: {error}") from None
-    if version != SCHEMA_VERSION:
-        raise RunDirectoryError(
-            f"{file}: schema version {version}, and this pgt-diag reads {SCHEMA_VERSION}; "
-            "use the pgt-diag that recorded it"
-        )
-    return dict(info)
-
-
-def _read_feature_maps(path: Path) -> FeatureMaps:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return FeatureMaps(
-                iteration=int(file["iteration"]),
-                layer=str(file["layer"]),
-                maps=file["maps"],
-                images=file["images"],
-                labels=tuple(str(label) for label in file["labels"]),
-            )
-    except (OSError, ValueError, KeyError, EOFError) as error:
-        raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None

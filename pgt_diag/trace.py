@@ -1,16 +1,16 @@
 """The on-disk trace: Parquet part files that are written once, merged in the background, and read.
 
 Every tool that reads Parquet reads a trace. A table is a folder of files
-`part-<first>-<last>.parquet`, numbered by the first and last row key they hold (an iteration, or
-a sequence number). A part appears under its final name only when it is complete and on disk, and
-never changes afterwards. Small parts are merged into one that covers them before they are
-deleted, so a reader always finds every row exactly once: where parts overlap, the wider one holds
-all of the narrower.
+`part-<first>-<last>-<fingerprint>.parquet`, numbered by the first and last row key they hold (an
+iteration, or a sequence number). A part appears under its final name only when it is complete and
+on disk, and never changes afterwards. Small parts are merged into one that covers them before they
+are deleted, so a reader always finds every row exactly once: where parts overlap, the wider one
+holds all of the narrower.
 """
 
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pgt_diag.errors import RunDirectoryError, storage_error
+from pgt_diag import storage
+from pgt_diag.errors import RunDirectoryError
 
 NORMS_FOLDER = "trace"
 ITERATIONS_FOLDER = "iterations"
 EVENTS_FOLDER = "events"
 EVENTS_FILE = "events.parquet"
+BRIEF_SPELLS_FOLDER = "brief_spells"
 BRIEF_SPELLS_FILE = "brief_spells.parquet"
 
 ROW_GROUP = 1000
 _MERGE_AT = 32
 _READ_ATTEMPTS = 5
-_PART = re.compile(r"part-(\d{12})-(\d{12})\.parquet")
+_MAX_DECODED_BYTES = 1 << 32
+_PART = re.compile(r"part-(\d{12})-(\d{12})-([0-9a-f]{16})\.parquet")
 
 EVENT_SCHEMA = pa.schema(
     [
@@ -41,6 +44,9 @@ EVENT_SCHEMA = pa.schema(
         ("start_iteration", pa.int64()),
         ("end_iteration", pa.int64()),
     ]
+)
+BRIEF_SPELLS_SCHEMA = pa.schema(
+    [*(EVENT_SCHEMA.field(name) for name in EVENT_SCHEMA.names[:4]), ("spells", pa.int64())]
 )
 
 
@@ -61,28 +67,8 @@ def matrix(column: pa.ChunkedArray) -> NDArray[Any]:
     return flat.reshape(-1, column.type.list_size)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, put it on disk, and only then give it its name.
-
-    Raises what `storage_error` returns when the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise storage_error(path, error) from error
-
-
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write one Parquet file: zstd, byte-stream split for floats, page checksums, atomically."""
+def encode_table(table: pa.Table) -> bytes:
+    """Return a Parquet file: zstd, byte-stream split for floats, page checksums."""
     split: list[str] = []
     plain: list[str] = []
     for field in table.schema:
@@ -90,47 +76,85 @@ def write_table(path: Path, table: pa.Table) -> None:
         value_type = field.type.value_type if nested else field.type
         column = f"{field.name}.list.element" if nested else field.name
         (split if pa.types.is_floating(value_type) else plain).append(column)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        use_dictionary=plain,
+        use_byte_stream_split=split,
+        row_group_size=ROW_GROUP,
+        write_page_checksum=True,
+        write_statistics=plain,
+    )
+    data: bytes = buffer.getvalue().to_pybytes()
+    return data
 
-    def write(target: Path) -> None:
-        pq.write_table(
-            table,
-            target,
-            compression="zstd",
-            use_dictionary=plain,
-            use_byte_stream_split=split,
-            row_group_size=ROW_GROUP,
-            write_page_checksum=True,
-            write_statistics=plain,
-        )
 
-    write_atomically(path, write)
+def read_table(
+    path: Path, fingerprints: tuple[str, ...], columns: Sequence[str] | None = None
+) -> pa.Table:
+    """Read one Parquet file whose content has one of these fingerprints.
 
-
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read one Parquet file, verifying page checksums; columns it lacks are left out.
-
-    Raises RunDirectoryError, naming the file, when it is damaged, and FileNotFoundError.
+    Columns it lacks are left out. Raises RunDirectoryError, naming the file, when it is damaged or
+    would take unreasonable memory, and FileNotFoundError.
     """
+    storage.verify(path, fingerprints)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            present = set(file.schema_arrow.names)
-            chosen = None if columns is None else [name for name in columns if name in present]
+            schema = file.schema_arrow
+            chosen = [name for name in schema.names if columns is None or name in columns]
+            decoded = file.metadata.num_rows * sum(_row_bytes(schema.field(c)) for c in chosen)
+            if not 0 <= decoded <= _MAX_DECODED_BYTES:
+                raise RunDirectoryError(f"{path}: says it holds {decoded:,} bytes; not read")
             return file.read(columns=chosen)
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
 
 
-def part_files(folder: Path) -> list[Path]:
+def _row_bytes(field: pa.Field) -> int:
+    width = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
+    return 8 * int(width)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part file: the keys of its first and last row, and its content's fingerprint."""
+
+    path: Path
+    first: int
+    last: int
+    fingerprint: str
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read it, as `read_table` does."""
+        return read_table(self.path, (self.fingerprint,), columns)
+
+    def verify(self) -> None:
+        """Raise RunDirectoryError when its content is not what was written."""
+        storage.verify(self.path, (self.fingerprint,))
+
+
+def all_parts(folder: Path) -> list[Part]:
+    """Return every part in a folder, also those that wider ones cover, in order."""
+    return sorted(_parts_in(folder), key=lambda part: (part.first, -part.last, part.path.name))
+
+
+def _parts_in(folder: Path) -> Iterator[Part]:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _PART.fullmatch(path.name):
+            yield Part(path, int(match[1]), int(match[2]), match[3])
+
+
+def parts(folder: Path) -> list[Part]:
     """Return the parts that together hold every row once, in order."""
-    paths = folder.iterdir() if folder.is_dir() else ()
-    matches = [(match, path) for path in paths if (match := _PART.fullmatch(path.name))]
     chosen, covered = [], -1
-    for match, path in sorted(matches, key=lambda found: (int(found[0][1]), -int(found[0][2]))):
-        if int(match[2]) > covered:
-            chosen.append(path)
-            covered = int(match[2])
+    for part in all_parts(folder):
+        if part.last > covered:
+            chosen.append(part)
+            covered = part.last
     return chosen
 
 
@@ -143,13 +167,45 @@ def read_parts(
     """
     for attempt in range(_READ_ATTEMPTS):
         try:
-            paths = part_files(folder)[-1:] if newest else part_files(folder)
-            return [read_table(path, columns) for path in paths]
+            chosen = parts(folder)[-1:] if newest else parts(folder)
+            return [part.read(columns) for part in chosen]
         except FileNotFoundError:
             # The run goes on, and its writer has just merged a part away: look again.
             if attempt == _READ_ATTEMPTS - 1:
                 raise
     raise AssertionError
+
+
+def write_part(folder: Path, table: pa.Table, first: int, last: int) -> Part:
+    """Write the rows with keys `first` to `last` as one part."""
+    data = encode_table(table)
+    fingerprint = storage.fingerprint(data)
+    path = folder / f"part-{first:012d}-{last:012d}-{fingerprint}.parquet"
+    storage.write(path, data)
+    return Part(path, first, last, fingerprint)
+
+
+def rewind(folder: Path, end: int, aside: Path) -> None:
+    """Keep exactly the rows with keys below `end`; move every part that has others to `aside`.
+
+    What is kept of a part is written before the part is moved, so nothing is lost at a kill.
+    Rows without a column `iteration` are numbered one by one.
+    """
+    kept = set(parts(folder))
+    for part in all_parts(folder):
+        if part in kept and part.last < end:
+            continue
+        if part in kept and part.first < end:
+            table = part.read()
+            numbered = "iteration" in table.column_names
+            keys = (
+                table["iteration"].to_numpy()
+                if numbered
+                else np.arange(part.first, part.first + table.num_rows)
+            )
+            head = table.filter(pa.array(keys < end))
+            write_part(folder, head, part.first, int(keys[keys < end][-1]))
+        storage.move(part.path, aside)
 
 
 class PartWriter:
@@ -158,13 +214,12 @@ class PartWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._small: list[Path] = []
+        self._small: list[Part] = []
         self._schema: pa.Schema | None = None
 
     def write(self, table: pa.Table, first: int, last: int) -> None:
         """Write the rows with keys `first` to `last` as one part."""
-        path = self.folder / f"part-{first:012d}-{last:012d}.parquet"
-        write_table(path, table)
+        part = write_part(self.folder, table, first, last)
         if table.schema != self._schema:
             self._merge(self._small)
             self._small, self._schema = [], table.schema
@@ -173,7 +228,7 @@ class PartWriter:
             small, self._small = self._small, []
             self._merge(small)
             return
-        self._small.append(path)
+        self._small.append(part)
         if len(self._small) >= _MERGE_AT:
             self.merge()
 
@@ -183,15 +238,12 @@ class PartWriter:
         if merged := self._merge(small):
             self._small.append(merged)
 
-    def _merge(self, small: list[Path]) -> Path | None:
+    def _merge(self, small: list[Part]) -> Part | None:
         """Replace neighbouring parts by one; return it if it is still a small one."""
         if len(small) < 2:
             return small[0] if small else None
-        table = pa.concat_tables([read_table(path) for path in small]).combine_chunks()
-        first, last = _PART.fullmatch(small[0].name), _PART.fullmatch(small[-1].name)
-        assert first is not None and last is not None
-        merged = self.folder / f"part-{first[1]}-{last[2]}.parquet"
-        write_table(merged, table)
-        for path in small:
-            path.unlink()
+        table = pa.concat_tables([part.read() for part in small]).combine_chunks()
+        merged = write_part(self.folder, table, small[0].first, small[-1].last)
+        for part in small:
+            storage.remove(part.path)
         return merged if table.num_rows < ROW_GROUP else None

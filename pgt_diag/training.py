@@ -1,10 +1,14 @@
 """The training loop: one run from its configuration to a sealed run directory."""
 
+import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,27 @@ import torchvision
 from torch import Tensor, nn
 
 import pgt_diag
+from pgt_diag import checkpoint
 from pgt_diag.activations import convolutions
+from pgt_diag.checkpoint import KEPT
 from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import Amp, Device, RunConfig
 from pgt_diag.data import load_data
 from pgt_diag.directory import check_vacant
 from pgt_diag.encoder import STORED_ROWS
-from pgt_diag.errors import ConfigurationError, DivergedError
+from pgt_diag.errors import (
+    ConfigurationError,
+    DivergedError,
+    NoSpaceError,
+    PgtDiagError,
+    RunDirectoryError,
+)
 from pgt_diag.models import build_model
 from pgt_diag.powergrad import PowerGradCrossEntropyLoss
 from pgt_diag.progress import Listener, Meter, Plan
-from pgt_diag.recorder import FilterRecorder, Status
+from pgt_diag.reading import Ending
+from pgt_diag.recorder import FilterRecorder
+from pgt_diag.resuming import ResumePoint
 from pgt_diag.schedules import learning_rate
 
 
@@ -35,27 +49,47 @@ def train(
     listener: Listener | None = None,
     download: bool = False,
     force: bool = False,
+    resume: ResumePoint | None = None,
+    stop: Callable[[], bool] = lambda: False,
     command: Sequence[str] | None = None,
 ) -> Path:
     """Train and record one run in `directory`; return its path.
 
-    Raises ConfigurationError, DataError or RunDirectoryError before anything is written, and
-    DivergedError when the loss becomes NaN or infinite. However it ends, what was recorded is on
-    disk and readable, and run.json says how it ended.
+    resume: go on from there (`pgt_diag.resuming.resume_point`) instead of starting a run; the
+    result is the same, on a CPU to the bit. stop: asked after every iteration; when it says so, a
+    checkpoint is written and KeyboardInterrupt raised.
+
+    Raises ConfigurationError, DataError or RunDirectoryError before anything is written,
+    NoSpaceError also when the disk cannot hold the run, and DivergedError when the loss becomes
+    NaN or infinite. However it ends, what was recorded is on disk and readable, and run.json says
+    how it ended.
     """
     directory = Path(directory)
-    check_vacant(directory, force=force)
+    state = resume.state if resume is not None else None
+    if resume is None:
+        check_vacant(directory, force=force)
     session = _Session(config, directory, download=download)
-    session.record(force=force, command=command)
-    return session.run(listener or Listener())
+    session.check_space(new=state is None)
+    session.record(force=force, command=command, resume=resume)
+    listener = listener or Listener()
+    listener.started(session.plan(resume))
+    return session.run(listener, stop)
 
 
 def plan(
-    config: RunConfig, directory: str | Path, *, download: bool = False, force: bool = False
+    config: RunConfig,
+    directory: str | Path,
+    *,
+    download: bool = False,
+    force: bool = False,
+    resume: ResumePoint | None = None,
 ) -> Plan:
     """Return what `train` would do, having checked everything it checks, and write nothing."""
-    check_vacant(Path(directory), force=force)
-    return _Session(config, Path(directory), download=download).plan()
+    if resume is None:
+        check_vacant(Path(directory), force=force)
+    session = _Session(config, Path(directory), download=download)
+    session.check_space(new=resume is None or resume.state is None)
+    return session.plan(resume)
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -114,7 +148,26 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+_CHECKPOINT_SECONDS = 300.0
+_MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
+"""What loading a checkpoint of another run raises."""
 _REMEDY = "try a lower lr, a longer warmup_epochs, or method gc or agc"
+
+
+@dataclass
+class _Position:
+    """Where in the epochs training stands: the next batch, and what the epoch has summed up."""
+
+    epoch: int
+    batch: int
+    sums: Tensor
+    """Σ loss and correct predictions of the epoch so far, (2,) float64, on the device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "batch": self.batch, "sums": self.sums.cpu()}
+
+    def next_epoch(self) -> None:
+        self.epoch, self.batch, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
 
 
 class _Session:
@@ -129,6 +182,9 @@ class _Session:
         self.amp = resolve_amp(config.amp, self.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(mode=True)
         self.data = load_data(config, device=self.device, download=download)
         self.iterations = self.data.batches_per_epoch * config.epochs
         self.model = self._build_model()
@@ -139,6 +195,10 @@ class _Session:
             alpha=config.alpha if config.method.uses_pgt else 1.0,
             label_smoothing=config.label_smoothing,
         )
+        sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self.position = _Position(epoch=0, batch=0, sums=sums)
+        self.meter = Meter(config.batch_size, self.data.batches_per_epoch, config.epochs)
+        self.bad_images: dict[str, dict[str, str]] = {}
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -167,39 +227,143 @@ class _Session:
             ) from None
         model.train()
         if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.benchmark = not config.deterministic
             model.to(self.device).to(memory_format=torch.channels_last)
         return model
 
-    def record(self, *, force: bool, command: Sequence[str] | None) -> None:
-        """Create the run directory and attach the recorder."""
+    def check_space(self, *, new: bool) -> None:
+        """Raise NoSpaceError unless the disk has room for what the run will write."""
+        needed = self.disk_bytes() if new else self._checkpoint_bytes()
+        place = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free
+        if needed > free:
+            raise NoSpaceError(
+                f"{self.directory}: the run needs about {needed / 1e6:,.0f} MB, and "
+                f"{free / 1e6:,.0f} MB are free; make room, or name another disk with --run-dir"
+            )
+
+    def disk_bytes(self) -> int:
+        """Return about how much the run will write, at most."""
+        layers = convolutions(self.model).values()
+        filters = sum(layer.out_channels for layer in layers)
+        thinned = self._record_every() > 1
+        stored = 3 * filters * (3 if thinned else 1) + 512
+        rows = math.ceil(self.iterations / self._record_every())
+        each_iteration = 4 * (6 * len(layers) + 10)
+        return (
+            (KEPT + 1) * self._checkpoint_bytes()
+            + 4 * stored * rows
+            + each_iteration * self.iterations
+        )
+
+    def _checkpoint_bytes(self) -> int:
+        weights: int = sum(p.numel() * p.element_size() for p in self.model.state_dict().values())
+        return 2 * weights + 200 * sum(c.out_channels for c in convolutions(self.model).values())
+
+    def _record_every(self) -> int:
+        return self.config.record_every or math.ceil(self.iterations / STORED_ROWS)
+
+    def record(
+        self, *, force: bool, command: Sequence[str] | None, resume: ResumePoint | None
+    ) -> None:
+        """Create the run directory, or go on from a checkpoint; attach the recorder."""
         config = self.config
-        self.recorder = FilterRecorder(
-            self.model,
-            self.directory,
-            optimizer=self.optimizer,
-            record_every=config.record_every or math.ceil(self.iterations / STORED_ROWS),
-            min_spell=config.min_spell or max(1, round(self.iterations / 1000)),
-            stop_when_diverged=True,
-            info={
+        state = resume.state if resume is not None else None
+        here = {"environment": environment(self.device), "amp": self.amp.value}
+        info: dict[str, Any] = {"config": config.to_mapping(), **here}
+        if state is None:
+            info |= {
                 "model": config.model,
-                "config": config.to_mapping(),
                 "command": list(command) if command is not None else None,
                 "data": self.data.description(),
                 "planned_iterations": self.iterations,
                 "iterations_per_epoch": self.data.batches_per_epoch,
-                "amp": self.amp.value,
-                "environment": environment(self.device),
-            },
-            force=force,
-        )
+            }
+        try:
+            if state is not None:
+                self._load(state)
+                earlier = json.loads(state["recorder"]["directory"]["info"])
+                steps = [*earlier.get("resumed_from", ()), state["recorder"]["steps"]]
+                info["resumed_from"] = steps
+                self.bad_images = {each["path"]: each for each in earlier.get("bad_images", ())}
+            self.recorder = FilterRecorder(
+                self.model,
+                self.directory,
+                optimizer=self.optimizer,
+                record_every=self._record_every(),
+                min_spell=config.min_spell or max(1, round(self.iterations / 1000)),
+                stop_when_diverged=True,
+                info=info,
+                resume=state["recorder"] if state is not None else None,
+                force=force or resume is not None,
+            )
+        except _MISFITS as error:
+            if state is None or isinstance(error, PgtDiagError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise RunDirectoryError(
+                f"{self.directory}: its checkpoint does not fit this run: {reason}"
+            ) from None
+        self._saved = time.monotonic()
+        if resume is not None and resume.checkpoint is not None:
+            checkpoint.set_aside_newer(self.directory, resume.checkpoint)
 
-    def run(self, listener: Listener) -> Path:
-        status: Status = "failed"
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"])
+        position = state["position"]
+        self.position = _Position(
+            epoch=int(position["epoch"]),
+            batch=int(position["batch"]),
+            sums=position["sums"].to(self.position.sums),
+        )
+        # Nothing from here to the first iteration may draw from these.
+        torch.set_rng_state(state["random"]["cpu"])
+        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+
+    def _save_checkpoint(self, kept: int = KEPT) -> None:
+        recorder = self.recorder.state_dict()
+        self._check_divergence()
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        checkpoint.save(
+            self.directory,
+            self.recorder.steps,
+            {
+                "config": self.config.to_mapping(),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+                "position": self.position.state_dict(),
+                "meter": self.meter.state_dict(self.recorder.seconds),
+                "recorder": recorder,
+            },
+            kept,
+        )
+        self._saved = time.monotonic()
+
+    def _save_when_due(self, stop: Callable[[], bool]) -> None:
+        """Write a checkpoint now and then, and before stopping when asked to."""
+        every = self.config.checkpoint_every
+        due = (
+            self.recorder.steps % every == 0
+            if every
+            else time.monotonic() - self._saved > _CHECKPOINT_SECONDS
+        )
+        stopping = stop()
+        if due or stopping:
+            self._save_checkpoint()
+        if stopping:
+            raise KeyboardInterrupt
+
+    def run(self, listener: Listener, stop: Callable[[], bool]) -> Path:
+        status: Ending = "failed"
         message: str | None = None
         try:
-            listener.started(self.plan())
-            self._run_epochs(listener)
+            self._run_epochs(listener, stop)
             status = "finished"
         except KeyboardInterrupt:
             status, message = "interrupted", "stopped by the user"
@@ -211,10 +375,26 @@ class _Session:
             message = f"{type(error).__name__}: {error}"
             raise
         finally:
+            self.data.close()
             self.recorder.close(status, message)
         return self.directory
 
-    def plan(self) -> Plan:
+    def _record_bad_images(self, listener: Listener) -> None:
+        """Put the images that others were used for into run.json."""
+        found = {image.path: asdict(image) for image in self.data.bad_images}
+        if not found.keys() <= self.bad_images.keys():
+            self.bad_images = dict(sorted({**self.bad_images, **found}.items()))
+            self.recorder.update_info({"bad_images": list(self.bad_images.values())})
+            listener.replaced_images(list(self.bad_images))
+
+    def plan(self, resume: ResumePoint | None) -> Plan:
+        done = 0
+        notes: tuple[str, ...] = ()
+        if resume is not None:
+            notes = tuple(f"not used: {problem}" for problem in resume.damaged)
+            if resume.state is not None:
+                done = int(resume.state["recorder"]["steps"])
+                notes += self._differences(resume.state)
         return Plan(
             directory=self.directory,
             config=self.config,
@@ -226,25 +406,45 @@ class _Session:
             device=environment(self.device)["device"],
             amp=self.amp,
             iterations=self.iterations,
+            done=done,
+            disk_bytes=self.disk_bytes(),
+            notes=notes,
         )
 
-    def _run_epochs(self, listener: Listener) -> None:
-        snapshots = set(self._snapshot_iterations())
-        meter = Meter(self.config.batch_size, self.data.batches_per_epoch, self.config.epochs)
-        for epoch in range(self.config.epochs):
-            sums = torch.zeros(2, device=self.device, dtype=torch.float64)
+    def _differences(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """Say what is no longer as it was, and keeps the result from being exact to the bit."""
+        earlier = json.loads(state["recorder"]["directory"]["info"])
+        before = {**earlier["environment"], "amp": earlier["amp"]}
+        now = {**environment(self.device), "amp": self.amp.value}
+        return tuple(
+            f"{key} was {before.get(key)}, and is {now[key]} now: the result will be close to that "
+            "of an undisturbed run, not the same to the bit"
+            for key in ("torch", "device", "threads", "amp")
+            if before.get(key) != now[key]
+        )
+
+    def _run_epochs(self, listener: Listener, stop: Callable[[], bool]) -> None:
+        steps = self.recorder.steps
+        snapshots = {step for step in self._snapshot_iterations() if step >= steps}
+        meter, position = self.meter, self.position
+        meter.start(steps)
+        if not checkpoint.found_in(self.directory):
+            self._save_checkpoint()
+        while position.epoch < self.config.epochs:
             meter.start_epoch(self.recorder.seconds)
-            for images, target in self.data.train_batches(epoch):
+            for images, target in self.data.train_batches(position.epoch, position.batch):
                 if self.recorder.steps in snapshots:
                     self._snapshot()
                     snapshots.discard(self.recorder.steps)
-                sums += self._step(images, target)
+                position.sums += self._step(images, target)
+                position.batch += 1
                 self._check_divergence()
-                listener.iterated(meter.progress(epoch, self.recorder))
-            metrics = meter.finish_epoch(sums, self.recorder)
+                listener.iterated(meter.progress(position.epoch, self.recorder))
+                self._save_when_due(stop)
+            metrics = meter.finish_epoch(position.sums, self.recorder)
             self.recorder.flush()
             self._check_divergence()
-            test_loss, test_accuracy = self._evaluate()
+            test_loss, test_accuracy = self._evaluate(stop)
             if not math.isfinite(test_loss):
                 last = self.recorder.iterations - 1
                 raise DivergedError(
@@ -252,7 +452,7 @@ class _Session:
                     f"{last} are recorded in {self.directory}; {_REMEDY}"
                 )
             row = {
-                "epoch": epoch,
+                "epoch": position.epoch,
                 "iteration": self.recorder.iterations,
                 "train_loss": metrics.loss,
                 "train_accuracy": metrics.accuracy,
@@ -265,9 +465,12 @@ class _Session:
                 "dead_filters": self.recorder.dead_filters,
             }
             self.recorder.log_epoch(row)
+            position.next_epoch()
             listener.finished_epoch(row)
+            self._record_bad_images(listener)
         if self.recorder.steps in snapshots:
             self._snapshot()
+        self._save_checkpoint(kept=1)
 
     def _step(self, images: Tensor, target: Tensor) -> Tensor:
         """Make one iteration; return (Σ loss, correct predictions) of the batch, on the device."""
@@ -276,21 +479,30 @@ class _Session:
             group["lr"] = lr
         if self.device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros_like(self.position.sums)
+        count = self.config.accumulate
+        for part, part_target in zip(images.chunk(count), target.chunk(count), strict=True):
+            sums += self._accumulate(part, part_target, len(target))
+        self.scaler.unscale_(self.optimizer)
+        self._clip()
+        loss, correct = sums / len(target)
+        self.recorder.log(loss=loss, accuracy=100 * correct)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return sums
+
+    def _accumulate(self, images: Tensor, target: Tensor, batch_size: int) -> Tensor:
+        """Add the gradient of the batch's mean loss that a part of it makes; return its sums."""
         with self._autocast():
             logits = self.model(images)
             loss = self.loss(logits, target)
         if self.device.type == "cpu" and not math.isfinite(loss.item()):
             raise self._diverged(self.recorder.steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        self._clip()
+        share = len(target) / batch_size
+        self.scaler.scale(loss if share == 1 else loss * share).backward()
         correct = (logits.detach().argmax(1) == target).sum()
-        loss = loss.detach()
-        self.recorder.log(loss=loss, accuracy=100 * correct / len(target))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return torch.stack((loss.double() * len(target), correct.double()))
+        return torch.stack((loss.detach().double() * len(target), correct.double()))
 
     def _clip(self) -> None:
         config = self.config
@@ -318,7 +530,7 @@ class _Session:
         return torch.autocast(self.device.type, dtype, enabled=self.amp is not Amp.OFF)
 
     @torch.no_grad()
-    def _evaluate(self) -> tuple[float, float]:
+    def _evaluate(self, stop: Callable[[], bool]) -> tuple[float, float]:
         """Return loss and accuracy (percent) over every test image."""
         self.model.eval()
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
@@ -328,6 +540,9 @@ class _Session:
             loss = nn.functional.cross_entropy(logits, target, reduction="sum")
             correct = (logits.argmax(1) == target).sum()
             sums += torch.stack((loss.double(), correct.double()))
+            if stop():
+                self._save_checkpoint()
+                raise KeyboardInterrupt
         self.model.train()
         loss_sum, correct_sum = (sums / self.data.test_size).tolist()
         return loss_sum, 100 * correct_sum

@@ -11,6 +11,8 @@ from queue import SimpleQueue
 
 from pgt_diag.encoder import Block, TraceEncoder
 
+FLUSH_SECONDS = 0.5
+"""With blocks coming every quarter of a second, no row waits longer than a second for the disk."""
 _BLOCKS_IN_FLIGHT = 2  # as the ring has two halves: a third waits for the disk
 
 
@@ -20,7 +22,7 @@ class WriterThread:
     An error there (a full disk, say) is raised by the next call from the training thread.
     """
 
-    def __init__(self, encoder: TraceEncoder, flush_seconds: float = 2.0) -> None:
+    def __init__(self, encoder: TraceEncoder, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.encoder = encoder
         self._flush_seconds = flush_seconds
         self._flushed = time.monotonic()
@@ -46,12 +48,16 @@ class WriterThread:
         done.get()
         self._raise()
 
-    def close(self) -> None:
-        """Encode and write what is left, seal the trace, and end the thread."""
-        self._tasks.put(self._unless_failed(self.encoder.seal))
+    def close(self, *, complete: bool) -> dict[str, bytes]:
+        """Encode and write what is left, end the thread; return what `TraceEncoder.seal` does."""
+        sealed: dict[str, bytes] = {}
+        self._tasks.put(
+            self._unless_failed(lambda: sealed.update(self.encoder.seal(complete=complete)))
+        )
         self._tasks.put(None)
         self._thread.join()
         self._raise()
+        return sealed
 
     def _encode(self, block: Callable[[], Block]) -> None:
         try:

@@ -15,6 +15,7 @@ from PIL import Image
 
 import pgt_diag
 from commands.app import main
+from pgt_diag.directory import seal_info
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -109,8 +110,9 @@ def test_an_interrupt_keeps_what_was_recorded_and_says_where(
         process.send_signal(signal.SIGABRT)  # faulthandler then shows where it hangs
         pytest.fail("".join(process.communicate(timeout=20)))
     assert process.returncode == 130
-    assert errors == ""
-    assert "interrupted; what was recorded is in run: pgt-diag report run" in output
+    assert errors == "stopping with a checkpoint; Ctrl-C again stops at once\n"
+    assert "what was recorded is in run (pgt-diag report run)" in output
+    assert "go on with: pgt-diag train --run-dir run --resume" in output
     run = pgt_diag.load_run(tmp_path / "run")
     assert run.status == "interrupted"
     assert run.iteration_count >= 8
@@ -131,7 +133,10 @@ def test_a_run_killed_without_warning_can_still_be_read(tmp_path: Path) -> None:
     process.kill()
     process.wait()
     run = pgt_diag.load_run(tmp_path / "run")
-    assert run.status == "running"
+    assert (run.status, run.info["message"]) == (
+        "interrupted",
+        "the process that recorded it was killed",
+    )
     assert run.iteration_count > 0
     assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "report.html")]) == 0
 
@@ -242,8 +247,8 @@ def test_a_damaged_run_is_named_and_not_guessed_at(
         part.write_bytes(part.read_bytes()[:-9])
         expected = part.name
     else:
-        text = "{" if damage == "not JSON" else '{"schema_version": 99}'
-        (copy / "run.json").write_text(text)
+        other = seal_info({"schema_version": 99})
+        (copy / "run.json").write_bytes(b"{" if damage == "not JSON" else other)
         expected = "run.json"
     assert main(["report", str(copy), "-o", str(tmp_path / "x.html")]) == 3
     (line,) = capsys.readouterr().err.splitlines()

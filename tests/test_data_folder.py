@@ -18,9 +18,10 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from pgt_diag.config import Augment, DatasetName, RunConfig
-from pgt_diag.data import folder as folder_module
+from pgt_diag.data import images as images_module
 from pgt_diag.data import load_data
-from pgt_diag.data.folder import decode, training_transform
+from pgt_diag.data.folder import training_transform
+from pgt_diag.data.images import decode
 from pgt_diag.errors import ConfigurationError, DataError
 
 CLASSES = ("one", "seven", "two")
@@ -198,7 +199,7 @@ def test_an_epoch_entered_in_the_middle_goes_on_and_decodes_nothing_before(root,
         opened.append(path)
         return decode(path)
 
-    monkeypatch.setattr(folder_module, "decode", counting)
+    monkeypatch.setattr(images_module, "decode", counting)
     assert_same_batches(data.train_batches(1, start=2), whole[2:])
     assert len(opened) == 5
     assert list(data.train_batches(1, start=3)) == []
@@ -395,7 +396,7 @@ def test_a_pipe_in_an_images_place_does_not_hang(root):
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="needs forked workers")
 def test_a_killed_worker_is_one_line(root, monkeypatch):
-    monkeypatch.setattr(folder_module, "decode", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(images_module, "decode", lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(DataError, match="image loading process died") as caught:
         list(open_folder(root, workers=1).train_batches(0))
     one_line(caught)

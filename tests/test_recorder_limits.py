@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pgt_diag
-from pgt_diag.errors import NoSpaceError, RecorderError, RunDirectoryError
+from pgt_diag import storage
+from pgt_diag.errors import NoSpaceError, RecorderError, RunDirectoryError, storage_error
 from tests.loops import CLASSES, batches, norms64, small_net, train_steps
 
 
@@ -227,11 +228,15 @@ def test_a_full_disk_is_told_to_the_loop_and_what_was_recorded_stays(
     train_steps(model, optimizer)
     recorder.flush()
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path: Path, data: bytes) -> None:
+        if path.suffix == ".parquet":
+            raise storage_error(path, OSError(errno.ENOSPC, "No space left on device"))
+        write(path, data)
+
+    write = storage.write
 
     with monkeypatch.context() as patch:
-        patch.setattr("pgt_diag.trace.pq.write_table", full)
+        patch.setattr(storage, "write", full)
         train_steps(model, optimizer)
         with pytest.raises(NoSpaceError, match="no space left") as info:
             recorder.flush()

@@ -14,6 +14,7 @@ from pgt_diag.errors import NoSpaceError
 from reports.demo import DemoRun, demo_runs
 from reports.output import write_output
 from reports.page import build_page
+from tests import runs
 
 TINY = [
     "--dataset=synthetic", "--synthetic-images=32", "--image-size=16", "--batch-size=16",
@@ -40,10 +41,8 @@ def folder(recorded, tmp_path, monkeypatch):
 
 
 def edit(run, config=None, **values):
-    path = run / "run.json"
-    info = json.loads(path.read_text())
-    info["config"] |= config or {}
-    path.write_text(json.dumps(info | values))
+    info = json.loads((run / "run.json").read_text())
+    runs.edit(run, config=info["config"] | (config or {}), **values)
 
 
 def only_line(text):
@@ -177,7 +176,8 @@ def test_watch_rebuilds_until_the_runs_have_ended(folder, monkeypatch, capsys):
         lambda: (run / "run.json").write_text("{"),
         lambda: (run / "run.json").write_text(info),
     )
-    assert main(["report", "runs", "--watch"]) == 0
+    with runs.being_written(run):
+        assert main(["report", "runs", "--watch"]) == 0
     assert left == []
     told = capsys.readouterr()
     lines = told.out.splitlines()
@@ -194,7 +194,8 @@ def test_watch_ends_with_control_c_and_says_when_a_run_is_silent(folder, monkeyp
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 1000)
     sleeps(monkeypatch, lambda: None, interrupt)
-    assert main(["report", str(run), "--watch", "--format=csv"]) == 130
+    with runs.being_written(run):
+        assert main(["report", str(run), "--watch", "--format=csv"]) == 130
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("table2.csv (")
     assert "no new data since 1,00" in second and second.endswith("still waiting, Ctrl-C ends")

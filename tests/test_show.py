@@ -19,6 +19,7 @@ from reports.digest import digest
 from reports.summary import summarise
 from reports.verdict import verdict
 from tests.hostile import HOSTILE as HOSTILE_STRINGS
+from tests.runs import being_written, edit
 
 TINY = [
     "--dataset=synthetic", "--synthetic-images=32", "--image-size=16", "--batch-size=16",
@@ -39,9 +40,7 @@ def hostile(recorded, tmp_path):
     """A diverged run of somebody's own loop whose every string is hostile."""
     path = tmp_path / HOSTILE
     shutil.copytree(recorded, path)
-    info = json.loads((path / "run.json").read_text())
-    values = {"config": None, "model": HOSTILE, "message": "[/x]" + HOSTILE, "status": "diverged"}
-    (path / "run.json").write_text(json.dumps(info | values))
+    edit(path, config=None, model=HOSTILE, message="[/x]" + HOSTILE, status="diverged")
     return path
 
 
@@ -98,12 +97,13 @@ def test_hostile_names_are_shown_and_not_obeyed(hostile, recorded, monkeypatch, 
 def test_runs_that_have_recorded_nothing_yet(recorded, tmp_path, capsys):
     path = tmp_path / "new"
     path.mkdir()
-    info = json.loads((recorded / "run.json").read_text())
-    (path / "run.json").write_text(json.dumps(info | {"status": "running"}))
-    assert main(["show", str(path)]) == 0
-    text = capsys.readouterr().out
-    assert "still training" in text and "no iteration is recorded yet" in text
-    assert digest([load_run(path)])["runs"][0]["iterations"] == 0
+    shutil.copy(recorded / "run.json", path)
+    edit(path, status="running", digests={})
+    with being_written(path):
+        assert main(["show", str(path)]) == 0
+        text = capsys.readouterr().out
+        assert "still training" in text and "no iteration is recorded yet" in text
+        assert digest([load_run(path)])["runs"][0]["iterations"] == 0
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["nowhere"], 3), (["."], 3)])

@@ -1,6 +1,5 @@
 """`pgt-diag watch`: a run that goes on, stops, ends, or was killed."""
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from commands.terminal import duration, sparkline
 from pgt_diag.run import load_run
 from reports.follow import Follower
 from reports.summary import summarise
+from tests.runs import being_written, edit
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -38,13 +38,16 @@ def run(recorded, tmp_path):
     return path
 
 
-def edit(path, written=None, **values):
-    """Change run.json, and when the directory was last written to."""
-    info = json.loads((path / "run.json").read_text())
-    temporary = path / "run.json.new"
-    temporary.write_text(json.dumps(info | values))
-    temporary.replace(path / "run.json")
-    for place in [*path.iterdir()] if written is not None else []:
+@pytest.fixture
+def running(run):
+    edit(run, status="running", planned_iterations=40)
+    with being_written(run):
+        yield run
+
+
+def touch(path, written):
+    """Change when the directory was last written to."""
+    for place in path.iterdir():
         os.utime(place, (written, written))
 
 
@@ -59,8 +62,9 @@ def test_a_snapshot_says_what_the_run_directory_says(run):
     assert not snapshot.stalled
 
 
-def test_the_rate_is_the_one_seen_and_the_time_left_follows(run):
-    edit(run, written=1000.0, status="running", planned_iterations=40)
+def test_the_rate_is_the_one_seen_and_the_time_left_follows(running):
+    run = running
+    touch(run, 1000.0)
     part = next((run / "iterations").iterdir())
     follower = Follower(run)
     whole = part.read_bytes()
@@ -78,21 +82,28 @@ def test_the_rate_is_the_one_seen_and_the_time_left_follows(run):
     assert second.silent_for == pytest.approx(1.0)
 
 
-def test_a_first_look_takes_the_rate_from_the_epochs(run):
-    edit(run, written=1000.0, status="running", planned_iterations=40)
-    snapshot = Follower(run).look(1001.0)
-    epochs = load_run(run).metrics["images_per_second"].tail(3).median()
+def test_a_first_look_takes_the_rate_from_the_epochs(running):
+    touch(running, 1000.0)
+    snapshot = Follower(running).look(1001.0)
+    epochs = load_run(running).metrics["images_per_second"].tail(3).median()
     assert snapshot.images_per_second == pytest.approx(epochs)
 
 
-def test_a_killed_run_is_not_said_to_go_on(run, capsys):
-    edit(run, written=time.time() - 500, status="running", planned_iterations=40)
-    assert Follower(run).look(time.time()).stalled
-    assert main(["watch", str(run), "--once"]) == 0
+def test_a_run_that_hangs_is_not_said_to_go_on(running, capsys):
+    touch(running, time.time() - 500)
+    assert Follower(running).look(time.time()).stalled
+    assert main(["watch", str(running), "--once"]) == 0
     line = capsys.readouterr().out.splitlines()[0]
     assert line.startswith("iteration 12 of 40 (30.0 %)")
     assert re.search(r"no new data since 5\d\d s", line)
     assert "left" not in line and "images/s" not in line
+
+
+def test_a_killed_run_is_known_at_once(run, capsys):
+    edit(run, status="running", planned_iterations=40)
+    assert main(["watch", str(run)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("interrupted: the process that recorded it was killed after 12 iter")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +117,8 @@ def test_it_ends_as_the_run_ends(status, code, run, capsys):
     assert last.endswith(f"next: pgt-diag report {run}")
 
 
-def test_plain_lines_only_when_something_is_new(run, monkeypatch, capsys):
-    edit(run, status="running")
+def test_plain_lines_only_when_something_is_new(running, monkeypatch, capsys):
+    run = running
     actions = [lambda: None, lambda: None, lambda: edit(run, status="finished")]
     monkeypatch.setattr(time, "sleep", lambda seconds: actions.pop(0)())
     assert main(["watch", str(run)]) == 0
@@ -126,18 +137,16 @@ def test_a_terminal_gets_one_frame_that_changes(run, monkeypatch, capsys):
     assert "more layers" in text, "what does not fit is said to be left out"
 
 
-def test_control_c_is_130(run, monkeypatch):
-    edit(run, status="running")
-
+def test_control_c_is_130(running, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", interrupt)
-    assert main(["watch", str(run)]) == 130
+    assert main(["watch", str(running)]) == 130
 
 
-def test_a_process_follows_a_run_to_its_end(run):
-    edit(run, status="running")
+def test_a_process_follows_a_run_to_its_end(running):
+    run = running
     process = subprocess.Popen(
         [sys.executable, "-m", "pgt_diag", "watch", str(run), "--interval=0.1"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

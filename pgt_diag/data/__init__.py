@@ -3,13 +3,13 @@
 import torch
 
 from pgt_diag.config import DatasetName, RunConfig
-from pgt_diag.data.base import ImageData
+from pgt_diag.data.base import BadImage, ImageData
 from pgt_diag.data.folder import FolderData
 from pgt_diag.data.memory import InMemoryData
 from pgt_diag.data.sources import read_images
 from pgt_diag.errors import ConfigurationError
 
-__all__ = ["ImageData", "load_data"]
+__all__ = ["BadImage", "ImageData", "load_data"]
 
 
 def load_data(

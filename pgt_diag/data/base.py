@@ -54,6 +54,18 @@ class Facts:
     source: str
 
 
+@dataclass(frozen=True)
+class BadImage:
+    """An image that could not be read, and the one used in its place.
+
+    Both as paths within the data folder, `train/CLASS/NAME`; `reason` is a short text.
+    """
+
+    path: str
+    replaced_by: str
+    reason: str
+
+
 class ImageData(ABC):
     """Training and test images of one data set, in batches.
 
@@ -85,19 +97,32 @@ class ImageData(ABC):
         """Full batches in an epoch; the incomplete last one is dropped, as in the paper's code."""
         return self.train_size // self.batch_size
 
+    @property
+    def bad_images(self) -> tuple[BadImage, ...]:
+        """The unreadable images met so far in this process, by path; see `RunConfig.bad_images`.
+
+        Training, test and sample images alike, from worker processes too. After whole epochs it
+        is the same for any number of workers.
+        """
+        return ()
+
+    def close(self) -> None:  # noqa: B027 (most data sets have nothing to end)
+        """End worker processes, if there are any. Batches asked for later start new ones."""
+
     @abstractmethod
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches from batch `start` on; skipped batches are not decoded.
 
         The order depends only on (seed, epoch); an image's augmentation only on (seed, epoch,
-        image). Raises DataError, naming the file, for an image that cannot be read.
+        image). Raises DataError, naming the file, for an image that cannot be read; with
+        `bad_images` skip only when no image of its class can, naming the class folder.
         """
 
     @abstractmethod
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every test image once, in a fixed order; the last batch may be smaller.
 
-        Raises DataError, naming the file, for an image that cannot be read.
+        Raises DataError as `train_batches` does.
         """
 
     def sample_images(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,7 +130,7 @@ class ImageData(ABC):
 
         On the CPU: images (count, 3, S, S) float32 normalised, originals (count, 3, S, S) uint8
         for display, target (count,) int64. Raises ConfigurationError when the test set is smaller
-        than `count`, and DataError for an image that cannot be read.
+        than `count`, and DataError as `train_batches` does.
         """
         if count > self.test_size:
             raise ConfigurationError(

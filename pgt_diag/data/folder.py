@@ -1,31 +1,23 @@
 """ImageNet-style folders: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, decoded batch by batch."""
 
-import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as transforms
 
 from pgt_diag.config import Augment, RunConfig
-from pgt_diag.data.base import Facts, ImageData, chosen_augmentation, random_number
-from pgt_diag.data.listing import Split, list_splits
+from pgt_diag.data.base import BadImage, Facts, ImageData, chosen_augmentation, random_number
+from pgt_diag.data.images import ImageFiles, readable
+from pgt_diag.data.listing import list_splits
+from pgt_diag.data.loading import BatchLoader, Sample
 from pgt_diag.data.memory import small_padding
 from pgt_diag.data.sources import data_folder
-from pgt_diag.errors import ConfigurationError, DataError
+from pgt_diag.errors import ConfigurationError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_SIZE = 224
-# The formats of torchvision's IMG_EXTENSIONS, and GIF. Pillow goes by content, not by name, and
-# would hand PostScript to Ghostscript.
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-_NARROWEST = 100
 
 
 class FolderData(ImageData):
@@ -36,57 +28,98 @@ class FolderData(ImageData):
     (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. Augmentation small
     crops and flips as for the in-memory data sets, after the resize and centre crop that test
     images get. Normalised by ImageNet's constants.
+
+    With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
+    its class and split, cropped and flipped as the image it replaces would have been: where both
+    are drawn in one epoch they still differ. Test images too, so that accuracy is always over
+    `test_size` images, in which the replacement then counts twice. `bad_images` has them all.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         root = data_folder(config)
         if root is None:
             raise ConfigurationError("dataset is imagefolder; name its folder with --data DIR")
-        self._train, self._test, test_name = list_splits(root)
-        self._workers = config.workers
+        train, test, test_name = list_splits(root)
         size = config.image_size or _IMAGENET_SIZE
-        self._augmentation = training_transform(chosen_augmentation(config), size)
-        self._plain = plain_transform(size)
+        self._images = _Images(
+            ImageFiles(train, config.bad_images),
+            ImageFiles(test, config.bad_images),
+            training_transform(chosen_augmentation(config), size),
+            plain_transform(size),
+            config.seed,
+        )
+        self._loader = BatchLoader(
+            self._images.load, config.workers, pin_memory=device.type == "cuda"
+        )
+        self._bad: dict[str, BadImage] = {}
         facts = Facts(
-            tuple(_readable(name) for name in self._train.classes),
+            tuple(readable(name) for name in train.classes),
             size,
-            len(self._train.paths),
-            self._test.target,
+            len(train.paths),
+            test.target,
             IMAGENET_MEAN,
             IMAGENET_STD,
             split=f"the folders train and {test_name}",
-            source=_readable(str(root)),
+            source=readable(str(root)),
         )
         super().__init__(config, device, facts)
 
+    @property
+    def bad_images(self) -> tuple[BadImage, ...]:
+        """The unreadable images met so far; see `ImageData.bad_images`."""
+        return tuple(self._bad[path] for path in sorted(self._bad))
+
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches from batch `start` on; see `ImageData.train_batches`."""
-        images = _Decoded(self._train, self._augmentation, ("augment", self.seed, epoch))
-        yield from self._batches(images, self._epoch_order(epoch)[start * self.batch_size :])
+        return self._batches(epoch, self._epoch_order(epoch)[start * self.batch_size :])
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every test image once, class by class; see `ImageData.test_batches`."""
-        images = _Decoded(self._test, self._plain, ("test",))
-        yield from self._batches(images, torch.arange(self.test_size))
+        return self._batches(None, torch.arange(self.test_size))
+
+    def close(self) -> None:
+        """End the worker processes; see `ImageData.close`."""
+        self._loader.close()
 
     def _test_originals(self, indices: Tensor) -> Tensor:
-        paths = [self._test.paths[index] for index in indices.tolist()]
-        return torch.stack([self._plain(decode(path)) for path in paths])
+        samples = [self._images.load(None, index) for index in indices.tolist()]
+        for _, _, bad in samples:
+            self._note(bad)
+        return torch.stack([image for image, _, _ in samples])
 
-    def _batches(self, images: "_Decoded", order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        loader: DataLoader[Any] = DataLoader(
-            images,
-            batch_sampler=(p.tolist() for p in torch.split(order, self.batch_size) if len(p)),
-            num_workers=self._workers,
-            collate_fn=_collate,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # without one, the loader draws from the global generator
-        )
-        for batch in _survive_dead_workers(iter(loader)):
-            if isinstance(batch, _Unreadable):
-                raise DataError(batch.reason)
-            decoded, target = (part.to(self.device, non_blocking=True) for part in batch)
-            yield self._normalise(decoded), target
+    def _batches(self, epoch: int | None, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        parts = (part.tolist() for part in torch.split(order, self.batch_size) if len(part))
+        for images, target, bad in self._loader.batches((epoch, part) for part in parts):
+            self._note(bad)
+            decoded = images.to(self.device, non_blocking=True)
+            yield self._normalise(decoded), target.to(self.device, non_blocking=True)
+
+    def _note(self, bad: Iterable[BadImage]) -> None:
+        self._bad |= {image.path: image for image in bad}
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Both splits, and what is done to their images."""
+
+    train: ImageFiles
+    test: ImageFiles
+    augmentation: transforms.Transform
+    plain: transforms.Transform
+    seed: int
+
+    def load(self, epoch: int | None, index: int) -> Sample:
+        """Return image `index` of an epoch (None: of the test set), (3, S, S) uint8."""
+        files = self.test if epoch is None else self.train
+        image, bad = files.read(index)
+        target = files.split.target[index]
+        if epoch is None:
+            return self.plain(image), target, bad
+        # torchvision draws from torch's global generator, which belongs to the training loop.
+        with torch.random.fork_rng(devices=[]):
+            key = random_number("augment", self.seed, epoch, index)
+            torch.default_generator.manual_seed(key)
+            return self.augmentation(image), target, bad
 
 
 def training_transform(augment: Augment, size: int) -> transforms.Transform:
@@ -114,83 +147,3 @@ def plain_transform(size: int) -> transforms.Transform:
     """
     resized = transforms.Resize(round(size * 256 / 224))
     return transforms.Compose([resized, transforms.CenterCrop(size), transforms.PILToTensor()])
-
-
-def decode(path: str) -> Image.Image:
-    """Decode an image file to RGB, orientation as stored.
-
-    Raises DataError, naming the file, when it is no plain file or no intact image.
-    """
-    try:
-        return _decode(path)
-    except UnidentifiedImageError:
-        detail = "not an image of a known format"
-    except OSError as error:
-        detail = error.strerror or str(error)
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        detail = str(error) or type(error).__name__
-    raise DataError(f"cannot read image {path!r}: {' '.join(detail.split())}")
-
-
-def _decode(path: str) -> Image.Image:
-    if not stat.S_ISREG(Path(path).stat().st_mode):  # reading a pipe would wait for ever
-        raise ValueError("not a plain file")
-    with Image.open(path, formats=_FORMATS) as image:
-        if max(image.size) > _NARROWEST * min(image.size):
-            # Its shorter side is resized to a fixed length: the longer one would fill the memory.
-            raise ValueError(f"{image.width}×{image.height} pixels are too narrow")
-        return image.convert("RGB")
-
-
-def _readable(name: str) -> str:
-    """Return a file name with undecodable bytes replaced: JSON and HTML files cannot hold them."""
-    return os.fsencode(name).decode(errors="replace")
-
-
-@dataclass(frozen=True)
-class _Unreadable:
-    """A DataError on its way out of a worker, which would bury the exception in a traceback."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class _Decoded(Dataset[Any]):
-    """The images of one split in one epoch; every worker process has a copy."""
-
-    split: Split
-    transform: transforms.Transform
-    key: tuple[str | int, ...]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor] | _Unreadable:
-        try:
-            image = decode(self.split.paths[index])
-        except DataError as error:
-            return _Unreadable(str(error))
-        # torchvision draws from torch's global generator, which belongs to the training loop.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(random_number(*self.key, index))
-            return self.transform(image), self.split.target[index]
-
-
-def _collate(samples: list[Any]) -> tuple[Tensor, Tensor] | _Unreadable:
-    for sample in samples:
-        if isinstance(sample, _Unreadable):
-            return sample
-    images, targets = zip(*samples, strict=True)
-    return torch.stack(images), torch.stack(targets)
-
-
-def _survive_dead_workers(batches: Iterator[Any]) -> Iterator[Any]:
-    """Pass batches on; the loader's RuntimeError for a killed worker becomes a DataError."""
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            detail = " ".join(str(error).split())
-            raise DataError(f"an image loading process died (out of memory?): {detail}") from None
-        yield batch

@@ -18,8 +18,13 @@ from pgt_diag.errors import DataError
 
 @dataclass(frozen=True)
 class Split:
-    """One split: class names in order, image files in torchvision's order, targets (N,) int64."""
+    """One split: class names in order, image files in torchvision's order, targets (N,) int64.
 
+    The class folders lie in `folder`, and that in the data folder `root`.
+    """
+
+    root: Path
+    folder: Path
     classes: list[str]
     paths: list[str]
     target: Tensor
@@ -67,7 +72,7 @@ def _list_split(root: Path, name: str) -> Split:
         paths += found
         counts.append(len(found))
     target = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
-    return Split(classes, paths, target)
+    return Split(root, folder, classes, paths, target)
 
 
 def _image_files(root: Path, folder: Path) -> Iterator[str]:

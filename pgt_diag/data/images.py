@@ -1,0 +1,117 @@
+"""Image files: how one is decoded, and which one stands in for another that cannot be."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from pgt_diag.config import BadImages
+from pgt_diag.data.base import BadImage
+from pgt_diag.data.listing import Split
+from pgt_diag.errors import DataError
+
+# The formats of torchvision's IMG_EXTENSIONS, and GIF. Pillow goes by content, not by name, and
+# would hand PostScript to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+_NARROWEST = 100
+
+
+class UnreadableImageError(DataError):
+    """An image file that cannot be decoded; `reason` says why without naming it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(
+            f"cannot read image {path!r}: {reason}; mend or remove it, or --bad-images skip"
+        )
+        self.reason = reason
+
+
+class ImageFiles:
+    """The images of one split, decoded one at a time; every worker process has a copy.
+
+    With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
+    its class, in listing order and after the last the first. What replaces it depends on the files
+    alone, so it is the same in every epoch, in every process and after a resume.
+    """
+
+    def __init__(self, split: Split, bad_images: BadImages) -> None:
+        self.split = split
+        self._skip = bad_images is BadImages.SKIP
+        self._reasons: dict[int, str] = {}
+
+    def read(self, index: int) -> tuple[Image.Image, tuple[BadImage, ...]]:
+        """Return an RGB image for `index`, and the bad images passed over to find it.
+
+        Raises DataError, naming the file, when it cannot be read; with skip only when nothing in
+        its class can, naming the folder.
+        """
+        bad: list[int] = []
+        for candidate in self._class_from(index):
+            image = self._try(candidate)
+            if image is not None:
+                used = self._shown(candidate)
+                return image, tuple(BadImage(self._shown(i), used, self._reasons[i]) for i in bad)
+            bad.append(candidate)
+        folder = self.split.folder / self.split.classes[int(self.split.target[index])]
+        raise DataError(
+            f"none of the {len(bad)} images in class folder {str(folder)!r} can be read "
+            f"({Path(self.split.paths[index]).name!r}: {self._reasons[index]}); "
+            "restore the folder or remove the class"
+        )
+
+    def _try(self, index: int) -> Image.Image | None:
+        if index in self._reasons:
+            return None
+        try:
+            return decode(self.split.paths[index])
+        except UnreadableImageError as error:
+            if not self._skip:
+                raise
+            self._reasons[index] = error.reason
+            return None
+
+    def _class_from(self, index: int) -> Iterator[int]:
+        """Yield `index`, those after it in its class, then those before it."""
+        yield index
+        target = self.split.target
+        first = int(torch.searchsorted(target, target[index]))
+        end = int(torch.searchsorted(target, target[index], right=True))
+        yield from range(index + 1, end)
+        yield from range(first, index)
+
+    def _shown(self, index: int) -> str:
+        return readable(Path(self.split.paths[index]).relative_to(self.split.root).as_posix())
+
+
+def decode(path: str) -> Image.Image:
+    """Decode an image file to RGB, orientation as stored.
+
+    Raises UnreadableImageError, naming the file, when it is no plain file or no intact image.
+    """
+    try:
+        return _decode(path)
+    except UnidentifiedImageError:
+        detail = "not an image of a known format"
+    except OSError as error:
+        detail = error.strerror or str(error)
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        detail = str(error) or type(error).__name__
+    raise UnreadableImageError(path, " ".join(detail.split()))
+
+
+def _decode(path: str) -> Image.Image:
+    if not stat.S_ISREG(Path(path).stat().st_mode):  # reading a pipe would wait for ever
+        raise ValueError("not a plain file")
+    with Image.open(path, formats=_FORMATS) as image:
+        if max(image.size) > _NARROWEST * min(image.size):
+            # Its shorter side is resized to a fixed length: the longer one would fill the memory.
+            raise ValueError(f"{image.width}×{image.height} pixels are too narrow")
+        return image.convert("RGB")
+
+
+def readable(name: str) -> str:
+    """Return a file name with undecodable bytes replaced: JSON and HTML files cannot hold them."""
+    return os.fsencode(name).decode(errors="replace")

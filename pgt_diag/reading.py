@@ -1,0 +1,209 @@
+"""Reading a run directory that a stranger may have made: every check there is, in one place.
+
+Nothing is unpickled, links are not followed, and sizes are checked before memory is taken. Raises
+RunDirectoryError, naming the file.
+"""
+
+import fcntl
+import io
+import math
+import os
+import re
+import typing
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pgt_diag import storage
+from pgt_diag.directory import LOCK_FILE, MAX_RUN_FILE_BYTES, RUN_FILE, SCHEMA_VERSION, open_info
+from pgt_diag.errors import RunDirectoryError
+
+Ending = Literal["finished", "interrupted", "diverged", "failed"]
+Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
+_FEATURE_MAPS = re.compile(r"iteration-\d{12}-([0-9a-f]{16})\.npz")
+_MAX_MAPS_BYTES = 1 << 30
+_MAX_LAYERS, _MAX_FILTERS = 10_000, 1 << 20
+MAX_COUNT = 1 << 48
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A recorded convolution: qualified name, the paper's index, filters, what was observed."""
+
+    name: str
+    index: int
+    filters: int
+    weight_shape: tuple[int, ...]
+    activation: str
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """Post-activation maps of one layer for fixed images at one iteration.
+
+    maps: (images, channels, H, W) float32; images: (images, 3, H', W') uint8; labels: the images'
+    classes. `iteration` is the number of iterations done when they were taken.
+    """
+
+    iteration: int
+    layer: str
+    maps: NDArray[np.float32]
+    images: NDArray[np.uint8]
+    labels: tuple[str, ...]
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Return run.json's entries, those that pgt-diag uses of the right types."""
+    file = path / RUN_FILE
+    try:
+        info = open_info(storage.read(file, MAX_RUN_FILE_BYTES))
+    except FileNotFoundError:
+        raise RunDirectoryError(f"{path}: no run here ({RUN_FILE} is missing)") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunDirectoryError(f"{file}: damaged or unreadable: {error}") from None
+    version = info.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise RunDirectoryError(
+            f"{file}: schema version {version}, and this pgt-diag reads {SCHEMA_VERSION}; "
+            "use the pgt-diag that recorded it"
+        )
+    for key, kinds in _INFO_TYPES.items():
+        value = info.get(key)
+        small = not isinstance(value, int) or (value is not True and 0 <= value < MAX_COUNT)
+        if not (value is None or (isinstance(value, kinds) and small)):
+            raise RunDirectoryError(f"{file}: '{key}' is {str(value)[:100]!r}, which it cannot be")
+    if info.get("status") not in (None, *typing.get_args(Status)):
+        raise RunDirectoryError(f"{file}: 'status' is {info['status']!r}, which it cannot be")
+    return info
+
+
+_INFO_TYPES: dict[str, tuple[type, ...]] = {
+    "status": (str,),
+    "message": (str,),
+    "model": (str,),
+    "command": (list,),
+    "config": (dict,),
+    "record_every": (int,),
+    "planned_iterations": (int,),
+    "iterations": (int,),
+    "overhead": (dict,),
+    "layers": (list,),
+    "digests": (dict,),
+}
+
+
+def digests_of(info: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Return the fingerprints that run.json has for a file; none while it is not sealed."""
+    found = (info.get("digests") or {}).get(name) or ()
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
+    """Return run.json's layers, in order."""
+    try:
+        layers = tuple(
+            Layer(
+                name=str(entry["name"]),
+                index=index,
+                filters=int(entry["filters"]),
+                weight_shape=tuple(map(int, entry["weight_shape"])),
+                activation=str(entry["activation"]),
+            )
+            for index, entry in enumerate(entries or ())
+        )
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise RunDirectoryError(f"{path / RUN_FILE}: unusable layer list: {error}") from None
+    names = {layer.name for layer in layers}
+    filters = sum(layer.filters for layer in layers)
+    if (
+        len(names) != len(layers)
+        or len(layers) > _MAX_LAYERS
+        or any(layer.filters < 1 for layer in layers)
+        or filters > _MAX_FILTERS
+    ):
+        raise RunDirectoryError(f"{path / RUN_FILE}: unusable layer list")
+    return layers
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process writes here; where the file system cannot tell, it is taken to."""
+    try:
+        descriptor = os.open(path / LOCK_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def check_columns(table: pa.Table, folder: Path) -> None:
+    """Raise unless every column is one that a trace has."""
+    for field in table.schema:
+        nested = pa.types.is_fixed_size_list(field.type)
+        kind = field.type.value_type if nested else field.type
+        column = table[field.name]
+        flat = column.combine_chunks().flatten() if nested else column
+        numeric = pa.types.is_floating(kind) or pa.types.is_int32(kind) or pa.types.is_int64(kind)
+        if not numeric or column.null_count or flat.null_count:
+            raise RunDirectoryError(f"{folder}: column {field.name} is not one of numbers")
+    if "iteration" not in table.column_names or not pa.types.is_int64(table["iteration"].type):
+        raise RunDirectoryError(f"{folder}: a part has no column 'iteration'")
+
+
+def read_feature_maps(path: Path) -> FeatureMaps:
+    """Return one snapshot."""
+    try:
+        return _decode_feature_maps(path)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+
+
+def _decode_feature_maps(path: Path) -> FeatureMaps:
+    match = _FEATURE_MAPS.fullmatch(path.name)
+    data = storage.read(path, _MAX_MAPS_BYTES)
+    if match is None or storage.fingerprint(data) != match[1]:
+        raise ValueError("its content is not what was written")
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:
+        _check_npz(file)
+        maps = FeatureMaps(
+            iteration=int(file["iteration"]),
+            layer=str(file["layer"]),
+            maps=file["maps"],
+            images=file["images"],
+            labels=tuple(str(label) for label in file["labels"]),
+        )
+    count = len(maps.labels)
+    shapes = maps.maps.ndim == maps.images.ndim == 4 and maps.images.shape[1] == 3
+    if not shapes or len(maps.maps) != count or len(maps.images) != count:
+        raise ValueError("maps, images and labels do not belong together")
+    if maps.maps.dtype != np.float32 or maps.images.dtype != np.uint8:
+        raise ValueError("not float32 maps of uint8 images")
+    return maps
+
+
+def _check_npz(file: Any) -> None:
+    """Raise ValueError for an array that says it is larger than its bytes."""
+    for entry in file.zip.infolist():
+        if entry.file_size > _MAX_MAPS_BYTES:
+            raise ValueError(f"{entry.filename} says it has {entry.file_size:,} bytes")
+        with file.zip.open(entry) as stream:
+            version = np.lib.format.read_magic(stream)
+            reader = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = reader(stream)
+            if math.prod(shape) * dtype.itemsize > entry.file_size:
+                raise ValueError(f"{entry.filename} says it has shape {shape}")

@@ -1,0 +1,124 @@
+"""Where a run can go on: the newest intact checkpoint whose trace is intact as well."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgt_diag import checkpoint, trace
+from pgt_diag.config import RunConfig
+from pgt_diag.errors import ConfigurationError, RunDirectoryError
+from pgt_diag.reading import is_locked
+from pgt_diag.run import load_run
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """What a run goes on from.
+
+    `checkpoint` and `state`, its content, are None for a run that was killed before its first one,
+    when nothing was recorded: it starts again. `damaged` says what was found damaged and is not
+    used.
+    """
+
+    config: RunConfig
+    checkpoint: Path | None
+    state: Mapping[str, Any] | None
+    finished: bool
+    damaged: tuple[str, ...]
+
+
+def resume_point(directory: Path) -> ResumePoint:
+    """Find where the run in `directory` goes on; nothing is changed.
+
+    Raises RunDirectoryError when there is no run, another process writes it, it diverged, or
+    nothing intact is left to go on from.
+    """
+    if is_locked(directory):
+        raise RunDirectoryError(f"{directory}: is being written by another run")
+    damaged: list[str] = []
+    stored: RunConfig | None = None
+    status, iterations = "interrupted", 0
+    try:
+        run = load_run(directory)
+        stored, status = run.config, run.status
+        iterations = run.iteration_count
+    except RunDirectoryError as error:
+        if not checkpoint.found_in(directory):
+            raise
+        damaged.append(str(error))
+    if stored is None and not damaged:
+        raise RunDirectoryError(
+            f"{directory}: was not made by `pgt-diag train`; your own loop resumes it with "
+            "FilterRecorder(..., resume=...)"
+        )
+    if status == "diverged":
+        raise RunDirectoryError(
+            f"{directory}: this run diverged, and going on would repeat it; start another one with "
+            "a lower lr, a longer warmup_epochs, or method gc or agc"
+        )
+    if status == "finished" and stored is not None:
+        return ResumePoint(stored, None, None, finished=True, damaged=())
+    for path, state in checkpoint.intact(directory):
+        if isinstance(state, RunDirectoryError):
+            damaged.append(str(state))
+            continue
+        try:
+            config = _config(path, state)
+            _check_trace(directory, path, state)
+        except RunDirectoryError as error:
+            damaged.append(str(error))
+        else:
+            return ResumePoint(config, path, state, finished=False, damaged=tuple(damaged))
+    if stored is not None and not damaged and iterations == 0:
+        return ResumePoint(stored, None, None, finished=False, damaged=())
+    what = (
+        "; ".join(damaged) or f"{iterations:,} iterations are recorded, and no checkpoint is left"
+    )
+    raise RunDirectoryError(
+        f"{directory}: nothing intact to go on from ({what}); start it again with --force, or "
+        f"in another directory"
+    )
+
+
+def _config(path: Path, state: Mapping[str, Any]) -> RunConfig:
+    values = state.get("config")
+    if not isinstance(values, dict):
+        raise RunDirectoryError(f"{path}: is no checkpoint of pgt-diag")
+    try:
+        return RunConfig.from_mapping(values, source=f"{path}: config")
+    except (ConfigurationError, TypeError) as error:
+        raise RunDirectoryError(str(error)) from None
+
+
+def _check_trace(directory: Path, path: Path, state: Mapping[str, Any]) -> None:
+    """Raise RunDirectoryError unless what was recorded before a checkpoint is there, undamaged."""
+    try:
+        encoder = state["recorder"]["encoder"]
+        if encoder is None:
+            return
+        iterations, events = int(encoder["iterations"]), int(encoder["event_count"])
+        stored, last_stored = int(encoder["stored_count"]), int(encoder["last_stored"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunDirectoryError(f"{path}: is no checkpoint of pgt-diag: {error!r}") from None
+    for name, end in ((trace.ITERATIONS_FOLDER, iterations), (trace.EVENTS_FOLDER, events)):
+        reached = 0
+        for part in _parts_before(directory / name, end):
+            if part.first != reached:
+                break
+            reached = part.last + 1
+        if reached < end:
+            raise RunDirectoryError(f"{directory / name}: row {reached:,} of {end:,} is missing")
+    found = 0
+    for part in _parts_before(directory / trace.NORMS_FOLDER, last_stored + 1):
+        found += int((part.read(["iteration"])["iteration"].to_numpy() <= last_stored).sum())
+    if found != stored:
+        folder = directory / trace.NORMS_FOLDER
+        raise RunDirectoryError(f"{folder}: {found:,} of {stored:,} stored rows are there")
+
+
+def _parts_before(folder: Path, end: int) -> list[trace.Part]:
+    found = [part for part in trace.parts(folder) if part.first < end]
+    for part in found:
+        part.verify()
+    return found

@@ -1,0 +1,142 @@
+"""Files that survive a kill at any instant, and reading that trusts nothing.
+
+Everything in a run directory is written by `write`: under a temporary name, put on disk, renamed,
+and the rename put on disk. So a file is there whole or not at all. A file whose content never
+changes carries the start of its SHA-256 in its name; the others' are in run.json.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from pgt_diag.errors import RunDirectoryError, storage_error
+
+FINGERPRINT_LENGTH = 16
+MAX_PART_BYTES = 1 << 32
+MAX_CHECKPOINT_BYTES = 1 << 35
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def fingerprint(data: bytes) -> str:
+    """Return the start of the SHA-256 of `data`, as hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:FINGERPRINT_LENGTH]
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole, or as it was before, after a kill at any instant.
+
+    Raises what `storage_error` returns when the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        file = os.open(temporary, flags, 0o644)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(file, left) :]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)  # noqa: PTH105
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # noqa: PTH108
+        raise storage_error(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file that a durable one has replaced."""
+    try:
+        os.unlink(path)  # noqa: PTH108
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def move(path: Path, folder: Path) -> None:
+    """Move a file into a folder on the same disk; a file of that name there is replaced."""
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync_folder(folder.parent)
+        os.replace(path, folder / path.name)  # noqa: PTH105
+        sync_folder(folder)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def read(path: Path, limit: int) -> bytes:
+    """Return the content of a plain file of at most `limit` bytes.
+
+    Links are not followed and pipes not waited for: a stranger's run directory may hold both.
+    Raises RunDirectoryError, naming the file, and FileNotFoundError.
+    """
+    with opened(path, limit) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def opened(path: Path, limit: int) -> Iterator[io.BufferedReader]:
+    """Open a file as `read` does, for a content that need not be in memory at once."""
+    try:
+        with os.fdopen(os.open(path, _READ_FLAGS), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise RunDirectoryError(f"{path}: is not a plain file")
+            if found.st_size > limit:
+                raise RunDirectoryError(
+                    f"{path}: has {found.st_size:,} bytes; no more than {limit:,} can be right"
+                )
+            yield file
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        reason = "is a link" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        raise RunDirectoryError(f"{path}: {reason}") from None
+
+
+def verify(path: Path, fingerprints: tuple[str, ...]) -> None:
+    """Raise RunDirectoryError unless the content has one of these fingerprints.
+
+    Raises FileNotFoundError. A file that did not change since is not read again.
+    """
+    found = path.lstat()
+    actual = _fingerprint_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    if actual not in fingerprints:
+        raise damaged(path)
+
+
+def damaged(path: Path) -> RunDirectoryError:
+    """Return the error that tells of a file whose checksum differs."""
+    return RunDirectoryError(f"{path}: its content is not what was written (the checksum differs)")
+
+
+def check_no_links(directory: Path) -> None:
+    """Raise RunDirectoryError when an entry of a run directory is a link: it may lead outside."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = Path(folder) / name
+            if path.is_symlink():
+                raise RunDirectoryError(f"{path}: is a link; a run directory holds none")
+
+
+@lru_cache(maxsize=65536)
+def _fingerprint_of(path: Path, *_identity: int) -> str:
+    with opened(path, MAX_PART_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:FINGERPRINT_LENGTH]
