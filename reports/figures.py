@@ -144,33 +144,30 @@ def clipping_by_layer(summaries: Sequence[RunSummary]) -> go.Figure | None:
     return figure if figure.data else None
 
 
-def panel_axes(panel: Panel, last_iteration: int) -> go.Figure:
-    """Return a panel of Fig. 3 without its lines: axes, zoom and the rug of zero-out instants.
+def panel_axes(last_iteration: int) -> go.Figure:
+    """Return what all panels of Fig. 3 share: axes, zoom and the rug's two kinds of marks.
 
-    The page draws the lines on a canvas beneath, since plotly's own would take ten times as long.
-    Gridlines stay off: they would be drawn over the canvas.
+    The page draws the lines on a canvas beneath, since plotly's own would take ten times as long,
+    and sets each panel's y range and the instants of its rug. Gridlines stay off: they would be
+    drawn over the canvas.
     """
     # Fixed margins: the page places the canvas before plotly has measured any label.
     bare = {"showgrid": False, "zeroline": False, "automargin": False}
     hidden = {"overlaying": "y", "range": [0, 1], "fixedrange": True, "visible": False}
-    marks = (
-        ("died", panel.deaths["iteration"], "line-ns-open", 11),
-        ("revived", panel.deaths["revival_iteration"].dropna(), "triangle-up-open", 8),
-    )
     rug = [
         {
-            "x": instants.astype(int).tolist(),
-            "y": [0.018] * len(instants),
             "yaxis": "y2",
             "name": name,
             "mode": "markers",
             "marker": {"symbol": symbol, "size": size, "line": {"width": 1}},
             "cliponaxis": False,
         }
-        for name, instants, symbol, size in marks
+        for name, symbol, size in (
+            ("died", "line-ns-open", 11),
+            ("revived", "triangle-up-open", 8),
+        )
     ]
     # plotly makes no axis without a trace on it; the first stands for the lines on the canvas.
-    # All at once: a page has hundreds of panels, and plotly's updates are slow.
     return go.Figure(
         data=[{"x": [None], "y": [None], "name": "lines", "mode": "lines"}, *rug],
         layout={
@@ -180,7 +177,7 @@ def panel_axes(panel: Panel, last_iteration: int) -> go.Figure:
             "showlegend": False,
             "dragmode": "zoom",
             "xaxis": _axis("iteration") | bare | {"range": [0, max(1, last_iteration)]},
-            "yaxis": _axis("L2 norm") | bare | {"range": panel_range(panel)},
+            "yaxis": _axis("L2 norm") | bare,
             "yaxis2": bare | hidden,
         },
     )

@@ -1,8 +1,8 @@
 """Packs thousands of lines into a few hundred kilobytes of text that a browser unpacks fast.
 
-Values become uint16 codes over [0, top] with code 0 kept for an exact zero, then differences in
-time, then byte planes, then raw deflate, then base64. `unpack` is the plain reference of the
-browser's decoder in static/lines.js.
+Values become 15-bit codes over [0, top] with code 0 kept for an exact zero, then differences in
+time, which so fit into 16 bits, then two byte planes, then raw deflate, then base64. `unpack` is
+the plain reference of the browser's decoder in static/lines.js.
 """
 
 import base64
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-MISSING = 65535
+MISSING = 32767
 """Code of NaN and infinity."""
 
-MAX_LEVELS = 65534
+MAX_LEVELS = 32766
 """Largest code of a value; codes 1..levels are the values, 0 is an exact zero."""
 
 MIN_LEVELS = 767
@@ -53,8 +53,8 @@ def pack(values: np.ndarray) -> PackedLines:
     steps = codes.astype(np.int32)
     steps[:, 1:] -= codes[:, :-1]
     # Zigzag keeps small steps of either sign in the low byte, so that the high plane is all zeros.
-    zigzag = ((steps << 1) ^ (steps >> 31)).astype(np.uint32)
-    planes = np.stack([zigzag & 0xFF, (zigzag >> 8) & 0xFF, zigzag >> 16]).astype(np.uint8)
+    zigzag = (steps << 1) ^ (steps >> 31)
+    planes = np.stack([zigzag & 0xFF, zigzag >> 8]).astype(np.uint8)
     deflate = zlib.compressobj(level=6, wbits=-15, strategy=zlib.Z_FILTERED)
     packed = deflate.compress(planes.tobytes()) + deflate.flush()
     return PackedLines(lines, rows, top, levels, base64.b64encode(packed).decode("ascii"))
@@ -63,8 +63,8 @@ def pack(values: np.ndarray) -> PackedLines:
 def unpack(packed: PackedLines) -> np.ndarray:
     """Return the (rows, lines) float32 values; the reference for the browser's decoder."""
     raw = zlib.decompress(base64.b64decode(packed.data), wbits=-15)
-    planes = np.frombuffer(raw, np.uint8).reshape(3, packed.lines, packed.rows).astype(np.int32)
-    zigzag = planes[0] | planes[1] << 8 | planes[2] << 16
+    planes = np.frombuffer(raw, np.uint8).reshape(2, packed.lines, packed.rows).astype(np.int32)
+    zigzag = planes[0] | planes[1] << 8
     codes = np.cumsum((zigzag >> 1) ^ -(zigzag & 1), axis=1)
     values = (codes - 1) * (packed.top / (packed.levels - 1))
     # Code 1 stands for "too small to tell from zero, and yet not zero": half a step.
@@ -97,7 +97,7 @@ def thin(table: pd.DataFrame, rows: int, lowest: pd.DataFrame | None = None) -> 
 
 
 def _levels(values: np.ndarray, top: float) -> int:
-    """Choose the scale: as fine as uint16 allows, but no finer than the lines' own noise."""
+    """Choose the scale: as fine as 15 bits allow, but no finer than the lines' own noise."""
     with np.errstate(invalid="ignore"):
         steps = np.abs(np.diff(values[:, :: max(1, values.shape[1] // 64)], axis=0)) / top
     steps = steps[np.isfinite(steps) & (steps > 0)]

@@ -16,7 +16,7 @@ from reports.demo import DemoRun
 from reports.panels import DEFAULT_LAYERS
 from reports.source import Run
 from reports.summary import summarise
-from reports.text import json_island, plural
+from reports.text import ascii_script, ascii_style, json_island, plural
 from reports.verdict import verdict
 
 GENERATOR = f"pgt-diag {__version__}"
@@ -71,12 +71,14 @@ def build_page(
         "config_tables": records.config_tables(summaries),
     }
     page["contents"] = [each for each in CONTENTS if each[0] != "clipping" or page["clipping"]]
-    first = {panel["id"] for row in page["fig3"] for panel in row}
+    first = {"panel-axes"} | {panel["id"] for row in page["fig3"] for panel in row}
     embedded = [(key, Markup(json_island(value))) for key, value in islands.items()]
     # What Fig. 3 needs comes before the script, so that its lines need not wait for the rest.
     page["islands"] = [each for each in embedded if each[0] in first]
     page["late_islands"] = [each for each in embedded if each[0] not in first]
-    return _environment().get_template("report.html.jinja").render(page | _assets())
+    text = _environment().get_template("report.html.jinja").render(page | _assets())
+    # One sign beyond Latin-1 makes a browser keep megabytes of data as two bytes a character.
+    return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
 
 
 def _title(labels: Sequence[str]) -> str:
@@ -110,8 +112,8 @@ def _assets() -> dict[str, str]:
     bundle = _static("plotly-basic.min.js").encode()
     plotly = base64.b64encode(deflate.compress(bundle) + deflate.flush()).decode("ascii")
     return {
-        "css": Markup(_static("report.css")),
-        "javascript": Markup("\n".join(_static(name) for name in SCRIPTS)),
+        "css": Markup(ascii_style(_static("report.css"))),
+        "javascript": Markup(ascii_script("\n".join(_static(name) for name in SCRIPTS))),
         "plotly": Markup(plotly),
     }
 

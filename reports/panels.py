@@ -21,14 +21,20 @@ DEFAULT_LAYERS: tuple[int | str, ...] = (11, 19)
 
 PAPER_CONVOLUTIONS = 20
 
-MAIN_ROWS, MAIN_BYTES = 1500, 2_500_000
-"""Most rows of a panel of Fig. 3, and what all its panels together may weigh as base64."""
+MAIN_ROWS, FOLD_ROWS = 1500, 400
+"""Most rows of a panel of Fig. 3, and of one behind the fold."""
 
-FOLD_ROWS, FOLD_BYTES = 400, 2_800_000
-"""The same for the layers behind the fold."""
-
-LEAST_ROWS = 60
+LEAST_ROWS = 16
 """Fewest rows of a panel, however many runs there are."""
+
+PAGE_BYTES = 8_000_000
+"""What a page of up to 20 runs may weigh."""
+
+_BUNDLE_BYTES, _RUN_BYTES = 700_000, 190_000
+"""What a page has besides lines: plotly, scripts and tables once, and for each run of a hundred
+epochs its maps, events, deaths and curves."""
+
+_MOST_LINE_BYTES, _LEAST_LINE_BYTES, _MAIN_SHARE = 5_300_000, 1_500_000, 0.47
 
 MAX_EVENTS = 25_000
 """Most events the panels carry for their hover texts, and those behind the fold as many again; the
@@ -41,8 +47,9 @@ class Panel:
 
     norms: index iteration, a column per filter. deaths: filter, iteration, revival_iteration,
     cause. events: kind, filter, start_iteration, end_iteration. `top` and `bottom`, the largest
-    and the smallest norm, are shared by a row's panels. `cut` says that events were left out,
-    `apart` that the run diverged and the panel has a range of its own.
+    and the smallest norm, are shared by a row's panels. `stored` is the number of rows that the
+    run has, of which `norms` may hold fewer. `cut` says that events were left out, `apart` that
+    the run diverged and the panel has a range of its own.
     """
 
     letter: str
@@ -55,6 +62,7 @@ class Panel:
     top: float = 1.0
     bottom: float = 0.0
     message: str = ""
+    stored: int = 0
     cut: bool = False
     apart: bool = False
 
@@ -101,7 +109,7 @@ def fig3(
         sum(layer.filters for layer in (*chosen, *summary.run.layers[-1:]) if layer)
         for chosen, summary in zip(resolved, summaries, strict=True)
     )
-    most = affordable_rows(lines, MAIN_ROWS, MAIN_BYTES)
+    most = affordable_rows(lines, MAIN_ROWS, line_bytes(len(summaries))[0])
     rows: list[list[Panel]] = []
     for place in range(count):
         chosen = [each[place] if place < len(each) else None for each in resolved]
@@ -119,7 +127,7 @@ def other_layers(
     have = {panel.subject for row in shown for panel in row}
     names = dict.fromkeys(layer.name for summary in summaries for layer in summary.run.layers)
     lines = sum(summary.filters for summary in summaries)
-    most = affordable_rows(lines, FOLD_ROWS, FOLD_BYTES)
+    most = affordable_rows(lines, FOLD_ROWS, line_bytes(len(summaries))[1])
     rows = []
     for name in names:
         chosen = [
@@ -158,6 +166,17 @@ def pack_panels(
     ]
 
 
+def line_bytes(runs: int) -> tuple[int, int]:
+    """Return what the lines of Fig. 3, and of the layers behind the fold, may weigh as base64.
+
+    Less where there are many runs, so that the whole page stays within PAGE_BYTES.
+    """
+    left = PAGE_BYTES - _BUNDLE_BYTES - _RUN_BYTES * runs
+    both = int(np.clip(left, _LEAST_LINE_BYTES, _MOST_LINE_BYTES))
+    main = int(_MAIN_SHARE * both)
+    return main, both - main
+
+
 def affordable_rows(lines: int, most_rows: int, most_bytes: int) -> int:
     """Return how many rows of so many lines can be worth reading into memory at all.
 
@@ -182,6 +201,7 @@ def _layer_panel(run: int, summary: RunSummary, layer: Layer | None, rows: int) 
         subject=subject,
         unit="filter",
         norms=thin(norms, rows, lowest),
+        stored=len(norms),
         deaths=deaths[["filter", "iteration", "revival_iteration", "cause"]],
         events=_hovered(events[events["layer"] == layer.name]),
         top=_highest(norms),
@@ -200,6 +220,7 @@ def _gap_panel(run: int, summary: RunSummary, rows: int) -> Panel:
         subject="GAP features",
         unit="feature",
         norms=thin(norms, rows, summary.run.gap_norms(window="min")),
+        stored=len(norms),
         deaths=silent_features(norms, death_window(summary.run.iteration_count)),
         events=_NO_EVENTS,
         top=_highest(norms),

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 
 from pgt_diag.filters import EVENT_KINDS
 from pgt_diag.text import printable
-from reports import figures, panels, sprites, zeroout
+from reports import figures, panels, sprites, stills, zeroout
 from reports.summary import RunSummary
 from reports.text import number, plural, share
 
@@ -31,18 +31,39 @@ def figure3(
 ) -> dict[str, Any]:
     """Return the panels of Fig. 3 and, if wanted, those of all other layers."""
     shown = panels.fig3(summaries, layers)
-    main = panels.pack_panels(shown, panels.MAIN_ROWS, panels.MAIN_BYTES)
+    main_bytes, fold_bytes = panels.line_bytes(len(summaries))
+    main = panels.pack_panels(shown, panels.MAIN_ROWS, main_bytes)
     rest = panels.other_layers(summaries, shown) if other_layers else []
-    folds = panels.pack_panels(rest, panels.FOLD_ROWS, panels.FOLD_BYTES)
+    folds = panels.pack_panels(rest, panels.FOLD_ROWS, fold_bytes)
     last = max((summary.run.iteration_count for summary in summaries), default=1)
+    islands["panel-axes"] = _figure(figures.panel_axes(last))
+    pictures = iter(stills.stills([panel for row in shown for panel in row], last))
     return {
-        "fig3": [[_panel(each, summaries, last, islands) for each in row] for row in main],
-        "folds": [[_panel(each, summaries, last, islands) for each in row] for row in folds],
+        "fig3": [
+            [_panel(each, summaries, islands) | {"still": next(pictures)} for each in row]
+            for row in main
+        ],
+        "folds": [[_panel(each, summaries, islands) for each in row] for row in folds],
+        "fig3_thinned": _thinned(main),
+        "folds_thinned": _thinned(folds),
     }
 
 
+def _thinned(rows: Sequence[Sequence[panels.PackedPanel]]) -> str:
+    """Say how many of the stored rows a group of panels shows; nothing where it shows all."""
+    fewer = [each for row in rows for each in row if each.lines.rows < each.panel.stored]
+    if not fewer:
+        return ""
+    each = max(fewer, key=lambda each: each.panel.stored)
+    return (
+        f"To bound the size of the page, these lines show {each.lines.rows:,} of up to "
+        f"{each.panel.stored:,} stored rows, evenly spread; where a line fell below half of its "
+        "value in between, its minimum is shown."
+    )
+
+
 def _panel(
-    packed: panels.PackedPanel, summaries: Sequence[RunSummary], last: int, islands: Islands
+    packed: panels.PackedPanel, summaries: Sequence[RunSummary], islands: Islands
 ) -> dict[str, object]:
     panel, key = packed.panel, f"panel-{len(islands)}"
     label, filters = summaries[panel.run].label, packed.lines.lines
@@ -51,7 +72,7 @@ def _panel(
     said += ", diverged: own y axis" if filters and panel.apart else ""
     subject = printable(panel.subject, 80)
     if not panel.message:
-        islands[key] = _panel_island(packed, last)
+        islands[key] = _panel_island(packed)
     letter = f"({panel.letter}) " if panel.letter else ""
     return {
         "id": key,
@@ -60,15 +81,17 @@ def _panel(
         "subject": subject,
         "said": said,
         "message": panel.message,
+        "still": None,
         "aria": f"{letter}{label}, {subject}: {said or panel.message}",
     }
 
 
-def _panel_island(packed: panels.PackedPanel, last: int) -> dict[str, object]:
+def _panel_island(packed: panels.PackedPanel) -> dict[str, object]:
     panel = packed.panel
     return {
         "unit": panel.unit,
         "top": panel.top,
+        "range": figures.panel_range(panel),
         "iterations": panel.norms.index.tolist(),
         "lines": packed.lines.__dict__,
         "deaths": _columns(panel.deaths, ("filter", "at", "back", "cause")),
@@ -77,7 +100,6 @@ def _panel_island(packed: panels.PackedPanel, last: int) -> dict[str, object]:
             ("kind", "filter", "from", "to"),
         ),
         "cut": panel.cut,
-        "figure": _figure(figures.panel_axes(panel, last)),
     }
 
 

@@ -21,8 +21,8 @@ METHOD_NAMES = {
 }
 """The paper's spelling, in the order of its Table 2."""
 
-# U+2028 and U+2029 end a line in old JavaScript; the rest could end the script element.
-_ISLAND_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"}
+# These could end the script element.
+_ISLAND_ESCAPES = {ord(sign): f"\\u{ord(sign):04x}" for sign in "<>&"}
 
 
 def plotly_text(text: object) -> str:
@@ -32,9 +32,17 @@ def plotly_text(text: object) -> str:
 
 def json_island(data: Any) -> str:
     """Return JSON that is safe inside a script element, with NaN as null."""
-    return json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":")).translate(
-        _ISLAND_ESCAPES
-    )
+    return json.dumps(_finite(data), separators=(",", ":")).translate(_ISLAND_ESCAPES)
+
+
+def ascii_script(text: str) -> str:
+    """Return JavaScript that has other signs only in strings and comments, as pure ASCII."""
+    return "".join(sign if sign.isascii() else json.dumps(sign)[1:-1] for sign in text)
+
+
+def ascii_style(text: str) -> str:
+    """Return CSS that has other signs only in strings and comments, as pure ASCII."""
+    return "".join(sign if sign.isascii() else f"\\{ord(sign):x} " for sign in text)
 
 
 def _finite(data: Any) -> Any:

@@ -1,9 +1,11 @@
 """The page in a real headless Chromium: panels drawn, hover right, controls work, nothing leaks."""
 
+import io
 import re
 import shutil
 
 import pytest
+from PIL import Image
 
 from pgt_diag.config import RunConfig
 from pgt_diag.text import printable
@@ -301,6 +303,98 @@ def test_readable_without_javascript(browser, runs, tmp_path):
     assert summary.deaths.iloc[0]["layer"] in page.inner_text("#deaths-table")
     assert page.locator(".maps-window img").first.bounding_box()["width"] > 1000
     assert not page.locator("#fig4-controls").is_visible()
+    stills = page.locator(".still img")
+    assert stills.count() == 6
+    for still in stills.all():
+        box, panel = still.bounding_box(), still.locator("xpath=../..").bounding_box()
+        assert box["width"] > 400 and 200 < box["height"] < panel["height"]
+        ink = Image.open(io.BytesIO(still.screenshot())).convert("RGB").getcolors(10**6)
+        assert len(ink) > 50
+    page.close()
+
+
+def on_paper(page):
+    """Say which folds show their content in print, by the text of their summaries."""
+    page.emulate_media(media="print")
+    shown = page.evaluate(
+        """() => Object.fromEntries([...document.querySelectorAll("details")].map((fold) => [
+            fold.querySelector("summary").textContent.split(" ").slice(0, 2).join(" "),
+            fold.lastElementChild.checkVisibility({ contentVisibilityAuto: true })
+                && fold.lastElementChild.getBoundingClientRect().height > 0,
+        ]))"""
+    )
+    page.emulate_media(media="screen")
+    return shown
+
+
+def test_folds_are_open_on_paper_but_for_layers_never_drawn(browser, runs, tmp_path):
+    opened = Opened(browser, build_page(runs), tmp_path)
+    page = opened.page
+    opened.wait_for_panels(6)
+    before = on_paper(page)
+    assert before["Whole configuration"] and before["Environment and"] and before["All other"]
+    assert not any(shown for fold, shown in before.items() if fold.startswith("layer "))
+    page.locator(".folds > summary").click()
+    page.locator(".fold summary").nth(3).click()
+    opened.wait_for_panels(8)
+    page.locator(".fold summary").nth(3).click()
+    after = on_paper(page)
+    assert [fold for fold in after if after[fold] != before[fold]] == ["layer 3"]
+    page.emulate_media(media="print")
+    assert page.locator(".paper-only").is_visible()
+    canvas = page.locator(".fold canvas.lines").first
+    assert canvas.is_visible() and canvas.evaluate(PIXELS)["colours"] > 50
+    page.emulate_media(media="screen")
+    assert not page.locator(".paper-only").is_visible()
+    page.close()
+
+
+def test_tables_are_open_on_paper_without_javascript(browser, runs, tmp_path):
+    opened = Opened(browser, build_page(runs), tmp_path, java_script_enabled=False)
+    opened.page.emulate_media(media="print")
+    cell = opened.page.locator("details .config td").first
+    assert cell.is_visible() and cell.bounding_box()["height"] > 0
+    assert opened.page.locator(".maps-window img").first.bounding_box()["x"] < 0
+    opened.page.close()
+
+
+def test_lines_come_before_plotly_and_what_is_on_the_screen_first(browser, runs, tmp_path):
+    """What makes the first picture soon: nothing else is worked on before it."""
+    path = tmp_path / "report.html"
+    path.write_text(build_page(runs), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.add_init_script(
+        """window.order = [];
+        new MutationObserver((changes) => {
+            for (const { target, attributeName } of changes) {
+                window.order.push(`${attributeName} ${target.dataset.island}`);
+            }
+        }).observe(document, { subtree: true, attributes: true,
+            attributeFilter: ["data-painted", "data-drawn"] });
+        addEventListener("DOMContentLoaded", () => setTimeout(() => {
+            window.plotlyEarly = Boolean(window.Plotly);
+        }));"""
+    )
+    page.goto(f"{path.as_uri()}#fig3")
+    page.locator(".plot[data-drawn]").nth(5).wait_for(state="attached")
+    order = page.evaluate("window.order")
+    plots = page.locator("#fig3 > .panels .plot").all()
+    names = [plot.get_attribute("data-island") for plot in plots]
+    assert order[:4] == [f"data-painted {name}" for name in names[:4]]
+    assert page.evaluate("window.plotlyEarly") is False
+    page.close()
+
+
+def test_the_hover_works_before_plotly_has_come(browser, runs, tmp_path):
+    text = re.sub('id="plotly">[^<]*<', 'id="plotly"><', build_page(runs, other_layers=False))
+    opened = Opened(browser, text, tmp_path)
+    page = opened.page
+    page.locator("#fig3 h2").scroll_into_view_if_needed()
+    page.locator(".plot[data-painted]").nth(1).wait_for(state="attached")
+    box = page.locator(".plot canvas.lines").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.locator("#tip").wait_for(state="visible")
+    assert page.inner_text("#tip").startswith("filter ")
     page.close()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from pgt_diag.config import RunConfig
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.text import MAX_LABEL, printable
-from reports import figures, panels, sprites, text, zeroout
+from reports import figures, panels, sprites, stills, text, zeroout
 from reports.demo import DemoLayer, DemoRun, demo_runs
 from reports.lines import pack, thin, unpack
 from reports.summary import summarise
@@ -52,6 +52,14 @@ def test_quiet_lines_are_kept_finer_than_noisy_ones():
     time = np.linspace(0, 1, 500)[:, None]
     noise = np.random.default_rng(0).normal(1, 0.1, (500, 20))
     assert pack(1 + time * np.ones((1, 20)) * 0.001).levels > pack(np.abs(noise)).levels
+
+
+def test_codes_fit_two_planes_at_the_extremes():
+    values = np.array([[0.0, 1.0, np.nan, 1e-9], [1.0, 0.0, 1.0, np.nan], [np.nan, 1.0, 0.0, 1.0]])
+    back = unpack(pack(values.astype(np.float32)))
+    assert np.array_equal(np.isnan(back), np.isnan(values))
+    assert np.allclose(back[values > 0.5], 1, atol=1e-4)
+    assert np.array_equal(back == 0, values == 0)
 
 
 def test_thinning_keeps_a_dip():
@@ -133,6 +141,37 @@ def test_panels_stay_within_their_budget(pair):
     assert sum(len(each.lines.data) for row in packed for each in row) <= 210_000
     for each in packed[0]:
         assert len(each.panel.norms) == each.lines.rows
+
+
+def test_many_runs_get_fewer_bytes_for_lines():
+    few, many, crowd = (sum(panels.line_bytes(runs)) for runs in (2, 20, 200))
+    assert few > many > crowd > 0
+
+
+def test_a_still_picture_has_the_lines_where_they_are(pair):
+    panel = dataclasses.replace(
+        panels.fig3(pair)[0][0],
+        norms=pd.DataFrame({0: [1.0, 1.0, 1.0], 1: [2.0, np.nan, 2.0]}, index=[0, 500, 1000]),
+        top=2.0,
+        bottom=0.0,
+        deaths=pd.DataFrame({"filter": [0], "iteration": [500]}),
+    )
+    drawn = stills.still(panel, 1000)
+    assert (drawn.bottom, drawn.top, drawn.last) == ("0.00", "2.08", "1,000")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn.uri.split(",")[1]))))
+    assert pixels.shape == (stills.HEIGHT + stills.RUG, stills.WIDTH)
+    middle = round((1 - 1 / 2.08) * (stills.HEIGHT - 1))
+    assert (pixels[middle - 1 : middle + 2] == 1).any(axis=0).all()
+    # Where a value is missing, the line has a gap.
+    assert not (pixels[: stills.HEIGHT] == 2).any()
+    assert np.flatnonzero(pixels[-1]).tolist() == [round(0.5 * (stills.WIDTH - 1) - 0.5)]
+
+
+def test_many_panels_share_the_pixels_of_their_still_pictures(pair):
+    row = panels.fig3(pair)[0]
+    drawn = stills.stills(row * stills.FULL_PANELS, 2000)
+    pixels = Image.open(io.BytesIO(base64.b64decode(drawn[0].uri.split(",")[1]))).size
+    assert pixels[0] == pytest.approx(stills.WIDTH / 2**0.5, abs=1)
 
 
 def test_the_shortest_events_are_left_out_and_the_page_says_so(pair):

@@ -1,24 +1,34 @@
 // Unpacks lines (the inverse of reports/lines.py) and draws thousands of them onto a canvas.
 
-const MISSING = 65535;
+const MISSING = 32767;
+
+/** The bytes that base64 stands for; browsers from before 2025 need the loop. */
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  return Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
+}
 
 async function inflate(base64) {
-  const binary = atob(base64);
-  const bytes = new Uint8Array(binary.length);
-  for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate-raw"));
-  return new Response(stream).arrayBuffer();
+  const stream = new DecompressionStream("deflate-raw");
+  const writer = stream.writable.getWriter();
+  const written = writer.write(bytesOf(base64)).then(() => writer.close());
+  const [buffer] = await Promise.all([new Response(stream.readable).arrayBuffer(), written]);
+  return buffer;
 }
 
 /** Values of all lines, one after another: value of line l at row r is values[l * rows + r]. */
 async function unpackLines({ lines, rows, top, levels, data }) {
   const planes = new Uint8Array(await inflate(data));
+  return decodePlanes(planes, lines, rows, top / (levels - 1));
+}
+
+// A function of its own, because the engine optimises a loop in an async one late or never.
+function decodePlanes(planes, lines, rows, step) {
   const size = lines * rows;
   const values = new Float32Array(size);
-  const step = top / (levels - 1);
   for (let line = 0, i = 0; line < lines; line++) {
     for (let row = 0, code = 0; row < rows; row++, i++) {
-      const zigzag = planes[i] | (planes[size + i] << 8) | (planes[2 * size + i] << 16);
+      const zigzag = planes[i] | (planes[size + i] << 8);
       code += (zigzag >>> 1) ^ -(zigzag & 1);
       values[i] = code === MISSING ? NaN : code === 0 ? 0 : code === 1 ? step / 4 : (code - 1) * step;
     }
@@ -56,57 +66,78 @@ function lineColour(line, dark) {
 /**
  * Draw lines into an image, column by column: in each pixel column a line covers the span between
  * its lowest and highest value there, softened at both ends. The cost depends on the pixels and
- * not on the number of stored rows, and no dip is lost, however narrow.
+ * hardly on the number of stored rows, and no dip is lost, however narrow.
  */
 function drawLines(image, { values, lines, rows, x }, [low, high], dark) {
-  const { width, height, data } = image;
+  const { width, height } = image;
+  const pixels = new Int32Array(image.data.buffer);
   const least = new Float32Array(width), most = new Float32Array(width);
-  const scale = height / (high - low);
-  const half = 0.55 * Math.max(1, window.devicePixelRatio || 1) * 0.9;
+  const half = 0.5 * Math.max(1, window.devicePixelRatio || 1);
   // Rows beyond the visible range, but for one on either side, need no work.
   let first = 0, last = rows - 1;
   while (first < rows - 2 && x[first + 1] < 0) first++;
   while (last > 1 && x[last - 1] > width) last--;
+  const columns = Int32Array.from(x, (at) => Math.max(-1, Math.min(width, Math.floor(at))));
   for (let line = 0; line < lines; line++) {
     least.fill(Infinity);
     most.fill(-Infinity);
-    const at = line * rows;
-    let x0 = x[first], y0 = height - (values[at + first] - low) * scale;
-    if (rows === 1 && x0 >= 0 && x0 < width) least[x0 | 0] = most[x0 | 0] = y0;
-    for (let row = first + 1; row <= last; row++) {
-      const x1 = x[row], y1 = height - (values[at + row] - low) * scale;
-      const from = x0 < 0 ? 0 : x0 | 0, to = x1 >= width ? width - 1 : x1 | 0;
-      if (from === to) {
-        // The common case by far; a NaN fails every comparison and so leaves a gap.
-        if (y0 < least[from]) least[from] = y0;
-        if (y1 < least[from]) least[from] = y1;
-        if (y0 > most[from]) most[from] = y0;
-        if (y1 > most[from]) most[from] = y1;
-      } else if (y0 === y0 && y1 === y1) {
-        const slope = (y1 - y0) / (x1 - x0);
-        for (let column = from; column <= to; column++) {
-          const a = y0 + ((x0 > column ? x0 : column) - x0) * slope;
-          const b = y0 + ((x1 < column + 1 ? x1 : column + 1) - x0) * slope;
-          if (a < least[column]) least[column] = a;
-          if (b < least[column]) least[column] = b;
-          if (a > most[column]) most[column] = a;
-          if (b > most[column]) most[column] = b;
+    spans(values, line * rows, x, columns, first, last, least, most);
+    blend(pixels, width, height, least, most, low, height / (high - low), half, lineColour(line, dark));
+  }
+}
+
+/** Find each pixel column's lowest and highest value of one line; a NaN leaves a gap. */
+function spans(values, at, x, columns, first, last, least, most) {
+  const width = least.length;
+  let before = values[at + first], column = columns[first];
+  let low = before, high = before;
+  for (let row = first + 1; row <= last; row++) {
+    const value = values[at + row], next = columns[row];
+    if (next === column) {
+      // The common case by far. A NaN fails both comparisons.
+      if (value < low) low = value;
+      if (value > high) high = value;
+      if (low !== low) low = high = value;
+    } else {
+      const slope = (value - before) / (x[row] - x[row - 1]);
+      const from = x[row - 1];
+      // Where the line enters the next column it leaves this one.
+      for (let edge = column + 1; edge <= next; edge++) {
+        const crossing = before + (edge - from) * slope;
+        if (crossing < low || low !== low) low = crossing;
+        if (crossing > high || high !== high) high = crossing;
+        if (edge > 0 && edge <= width && low === low) {
+          least[edge - 1] = low;
+          most[edge - 1] = high;
         }
+        low = high = crossing;
       }
-      x0 = x1;
-      y0 = y1;
+      if (value < low || low !== low) low = value;
+      if (value > high || high !== high) high = value;
+      column = next;
     }
-    const [red, green, blue] = lineColour(line, dark);
-    for (let column = 0; column < width; column++) {
-      if (most[column] < least[column]) continue;
-      const a = Math.max(0, least[column] - half), b = Math.min(height, most[column] + half);
-      for (let y = Math.floor(a); y < b; y++) {
-        const cover = 0.85 * (Math.min(b, y + 1) - Math.max(a, y));
-        const i = 4 * (y * width + column);
-        data[i] += (red - data[i]) * cover;
-        data[i + 1] += (green - data[i + 1]) * cover;
-        data[i + 2] += (blue - data[i + 2]) * cover;
-      }
+    before = value;
+  }
+  if (column >= 0 && column < width && low === low) {
+    least[column] = low;
+    most[column] = high;
+  }
+}
+
+/** Blend one line's spans into the pixels: red and blue together, then green, in whole numbers. */
+function blend(pixels, width, height, least, most, low, scale, half, [red, green, blue]) {
+  const outer = (Math.round(blue) << 16) | Math.round(red), inner = Math.round(green) << 8;
+  for (let column = 0; column < width; column++) {
+    if (most[column] < least[column]) continue;
+    const a = Math.max(0, height - (most[column] - low) * scale - half);
+    const b = Math.min(height, height - (least[column] - low) * scale + half);
+    for (let y = Math.floor(a), i = y * width + column; y < b; y++, i += width) {
+      const top = a > y ? a : y, bottom = b < y + 1 ? b : y + 1;
+      const cover = (218 * (bottom - top)) | 0, rest = 256 - cover; // 218 / 256: nearly opaque
+      const under = pixels[i];
+      const rb = Math.imul(under & 0xff00ff, rest) + Math.imul(outer, cover) + 0x800080;
+      const g = Math.imul(under & 0xff00, rest) + Math.imul(inner, cover) + 0x8000;
+      pixels[i] = 0xff000000 | ((rb >>> 8) & 0xff00ff) | ((g >>> 8) & 0xff00);
     }
   }
 }

@@ -6,10 +6,11 @@ const panels = [];
 let view = "lines";
 const zero = document.getElementById("from-zero");
 const fromZero = () => zero.checked;
+let shared;
+/** What all panels have alike, as a plotly figure. */
+const axes = () => (shared ??= island("panel-axes"));
 
 class Panel {
-  static unpainted = 0;
-
   constructor(place) {
     this.place = place;
     const data = island(place.dataset.island);
@@ -21,20 +22,11 @@ class Panel {
 
   /** Draw the lines first, where plotly will place them; plotly takes as long as all the rest. */
   async draw() {
-    Panel.unpainted++;
-    this.values = await unpackLines(this.data.lines);
-    this.canvas = this.layer("lines");
-    this.mark = this.layer("mark");
-    this.plot = document.createElement("div");
-    this.plot.className = "axes";
-    this.place.append(this.plot);
-    const { data, layout } = this.data.figure;
-    this.setHome();
-    this.paint();
-    this.place.dataset.painted = "yes";
-    Panel.unpainted--;
-    do await idle(); while (Panel.unpainted);
+    await inTurn(() => this.drawLines());
+    await calm();
     this.Plotly = await loadPlotly();
+    const { data, layout } = axes();
+    this.setHome();
     const placed = { ...layout, yaxis: { ...layout.yaxis, range: this.home.slice() } };
     await this.Plotly.newPlot(this.plot, this.rug(data), themed(placed), {
       ...CONFIG,
@@ -43,15 +35,25 @@ class Panel {
     });
     this.plot.on("plotly_afterplot", () => this.paint());
     this.plot.on("plotly_relayouting", (change) => this.paint(change));
-    this.listen();
     if (view === "heat") await this.show();
     this.paint();
     this.place.dataset.drawn = "yes";
   }
 
+  async drawLines() {
+    this.values = await unpackLines(this.data.lines);
+    this.canvas = this.layer("lines");
+    this.plot = document.createElement("div");
+    this.plot.className = "axes";
+    this.place.append(this.plot);
+    this.setHome();
+    this.paint();
+    this.listen();
+    this.place.dataset.painted = "yes";
+  }
+
   setHome() {
-    const fitted = this.data.figure.layout.yaxis.range;
-    this.home = fromZero() ? [0, this.data.top * 1.04] : fitted.slice();
+    this.home = fromZero() ? [0, this.data.top * 1.04] : this.data.range.slice();
   }
 
   layer(name) {
@@ -64,16 +66,24 @@ class Panel {
 
   rug(traces) {
     const inks = { died: css("--ink"), revived: css("--accent") };
-    return traces.map((trace) => (
-      { ...trace, marker: { ...trace.marker, color: inks[trace.name] ?? "#000" }, opacity: 0.75 }
-    ));
+    const { deaths } = this.data;
+    const instants = {
+      died: deaths.map((death) => death.at),
+      revived: deaths.map((death) => death.back).filter((at) => at !== null),
+    };
+    return traces.map((trace) => {
+      const x = instants[trace.name];
+      if (!x) return trace;
+      const marker = { ...trace.marker, color: inks[trace.name] };
+      return { ...trace, x, y: x.map(() => 0.018), marker, opacity: 0.75 };
+    });
   }
 
   /** The part of the plot in data and pixels. */
   frame() {
     const ratio = Math.min(2, window.devicePixelRatio || 1);
     if (!this.plot._fullLayout?.xaxis) {
-      const { margin, xaxis } = this.data.figure.layout;
+      const { margin, xaxis } = axes().layout;
       return {
         left: margin.l, top: margin.t, ratio, x: xaxis.range, y: this.home,
         width: this.place.clientWidth - margin.l - margin.r,
@@ -99,9 +109,10 @@ class Panel {
     const key = JSON.stringify([frame, view, isDark()]);
     if (key === this.painted) return; // plotly also reports what changes nothing here
     this.painted = key;
-    for (const canvas of [this.canvas, this.mark]) this.fit(canvas, frame);
+    this.fit(this.canvas, frame);
+    if (this.mark) this.fit(this.mark, frame);
     const { width, height } = this.canvas;
-    const context = this.canvas.getContext("2d");
+    const context = this.canvas.getContext("2d", { alpha: false });
     const series = this.series(frame, width);
     if (view === "bands") {
       context.fillStyle = css("--panel");
@@ -149,9 +160,9 @@ class Panel {
   }
 
   retheme() {
-    const inks = this.rug(this.data.figure.data).map((trace) => trace.marker.color);
+    const inks = this.rug(axes().data).map((trace) => trace.marker?.color ?? null);
     this.painted = null;
-    this.Plotly.update(this.plot, { "marker.color": inks }, colours(this.data.figure.layout));
+    this.Plotly.update(this.plot, { "marker.color": inks }, colours(axes().layout));
   }
 
   listen() {
@@ -269,7 +280,12 @@ class Panel {
   }
 
   highlight(line, row) {
-    const frame = this.frame(), context = this.mark.getContext("2d");
+    const frame = this.frame();
+    if (!this.mark) {
+      this.mark = this.layer("mark");
+      this.fit(this.mark, frame);
+    }
+    const context = this.mark.getContext("2d");
     const { width, height } = this.mark;
     context.clearRect(0, 0, width, height);
     const { x } = this.series(frame, width), { rows } = this.data.lines;

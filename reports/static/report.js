@@ -165,7 +165,10 @@ function startCopy() {
 /** Once the first picture stands, draw the rest in idle moments: nobody scrolls into a gap. */
 async function settle() {
   await parsed;
-  await idle();
+  // The browser scrolls to the page's #fragment in the first frame, and tells what is near after.
+  for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
+  await calm();
+  await new Promise((done) => setTimeout(done, 250)); // axes first
   root.classList.add("settled");
   for (const place of document.querySelectorAll("[data-island], [data-chart]")) {
     if (!place.checkVisibility()) continue; // in a closed fold

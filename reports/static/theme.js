@@ -4,8 +4,8 @@ const root = document.documentElement;
 const darkness = window.matchMedia("(prefers-color-scheme: dark)");
 const isDark = () => darkness.matches && !root.classList.contains("printing");
 const css = (name) => getComputedStyle(root).getPropertyValue(name).trim();
-const { format } = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
-const count = (value) => format(value);
+// Not Intl's: it takes as long to set up as a panel takes to draw.
+const count = (value) => String(Math.round(value)).replace(/\B(?=(\d{3})+$)/g, ",");
 const island = (id) => JSON.parse(document.getElementById(id).textContent);
 
 const CONFIG = {
@@ -59,6 +59,24 @@ const idle = () => new Promise((done) => {
   (window.requestIdleCallback ?? ((call) => setTimeout(call, 50)))(done, { timeout: 1000 });
 });
 
+let lastTurn = Promise.resolve();
+/** Do one piece of work after the other, so that the first is on the screen soonest. */
+function inTurn(work) {
+  const turn = lastTurn.then(work);
+  lastTurn = turn.catch(() => {}).then(() => new Promise((done) => setTimeout(done)));
+  return turn;
+}
+
+/** Wait until all such work is done and the browser has had time to show it. */
+async function calm() {
+  let turn;
+  do {
+    turn = lastTurn;
+    await turn;
+    await idle();
+  } while (turn !== lastTurn);
+}
+
 /** The lines of Fig. 3 stand before this script in the page; all other data come after it. */
 const parsed = new Promise((done) => {
   if (document.readyState !== "loading") done();
@@ -68,7 +86,7 @@ const parsed = new Promise((done) => {
 let plotly;
 /** Load plotly once, when the first chart comes into view: it travels deflated. */
 function loadPlotly() {
-  plotly ??= parsed.then(() => inflate(document.getElementById("plotly").textContent)).then((code) => {
+  plotly ??= parsed.then(calm).then(() => inflate(document.getElementById("plotly").textContent)).then((code) => {
     const script = document.createElement("script");
     script.textContent = new TextDecoder().decode(code);
     document.head.append(script);

@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from reports.demo import demo_runs
 from reports.page import build_page
 
+REPEATS = 7
+
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -54,6 +56,11 @@ def measure(page_path: Path, *, finished: bool) -> float:
         return spent
 
 
+def spread(seconds: list[float]) -> str:
+    """Return the median and the range of sorted values."""
+    return f"{seconds[len(seconds) // 2]:.2f} s ({seconds[0]:.2f} to {seconds[-1]:.2f})"
+
+
 def main() -> None:
     """Build, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,9 +78,9 @@ def main() -> None:
         for name, text in (("Fig. 3 page", fig3), ("all layers", whole)):
             path = Path(folder) / "report.html"
             path.write_text(text, encoding="utf-8")
-            first = sorted(measure(path, finished=False) for _ in range(3))[1]
-            six = sorted(measure(path, finished=True) for _ in range(3))[1]
-            print(f"{name}: first picture {first:.2f} s, finished {six:.2f} s renderer CPU")
+            first = sorted(measure(path, finished=False) for _ in range(REPEATS))
+            six = sorted(measure(path, finished=True) for _ in range(REPEATS))
+            print(f"{name}, renderer CPU: first picture {spread(first)}, finished {spread(six)}")
 
 
 if __name__ == "__main__":
