@@ -66,10 +66,6 @@ class LayerSlices:
         for index, name in enumerate(self.names):
             yield name, slice(self.offsets[index], self.offsets[index + 1])
 
-    def layer_of(self, filters: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the layer index of each flat filter index."""
-        return np.searchsorted(np.asarray(self.offsets), filters, side="right") - 1
-
 
 def stored_mask(iterations: NDArray[np.int64], record_every: int | None) -> NDArray[np.bool_]:
     """Return which iterations' norms are stored: every `record_every`-th, from 0 on.
@@ -90,28 +86,47 @@ class _Windows:
 
     low: Floats | None = None
     high: Floats | None = None
-    rows: list[Floats] = field(default_factory=list)
+    rows: list[tuple[Floats, Floats, Floats]] = field(default_factory=list)
+    """Stored rows so far: values, minima and maxima, each (rows, W)."""
 
     def add(self, values: Floats, ends: NDArray[np.int64]) -> None:
         """Take (T, W) values; `ends` are the positions of the stored rows among them."""
+        if len(ends) == len(values) and self.low is None:
+            self.rows.append((values, values, values))
+            return
         start = 0
         for end in ends:
             self._extend(values[start : end + 1])
-            self.rows.append(np.stack((values[end], self.low, self.high)))  # type: ignore[arg-type]
-            self.low = self.high = None
+            self.store(values[end])
             start = end + 1
         if start < len(values):
             self._extend(values[start:])
 
+    def store(self, values: Floats) -> None:
+        """End the window with a stored row, (W,)."""
+        assert self.low is not None and self.high is not None
+        self.rows.append((values[None], self.low[None], self.high[None]))
+        self.low = self.high = None
+
     def _extend(self, values: Floats) -> None:
-        low, high = np.fmin.reduce(values), np.fmax.reduce(values)
+        low, high = _extreme(np.minimum, np.fmin, values), _extreme(np.maximum, np.fmax, values)
         self.low = low if self.low is None else np.fmin(self.low, low)
         self.high = high if self.high is None else np.fmax(self.high, high)
 
-    def take(self) -> Floats:
-        """Return the stored rows so far, (rows, 3, W): value, minimum, maximum; and forget them."""
+    def take(self) -> tuple[Floats, Floats, Floats]:
+        """Return the stored rows so far, and forget them."""
         rows, self.rows = self.rows, []
-        return np.stack(rows)
+        value, low, high = (np.concatenate(part) for part in zip(*rows, strict=True))
+        return value, low, high
+
+
+def _extreme(fast: np.ufunc, ignoring_nan: np.ufunc, values: Floats) -> Floats:
+    """Return the extremes over (T, W) that ignore NaN; the ufunc that does so is the slower."""
+    found: Floats = fast.reduce(values)
+    unknown = np.isnan(found)
+    if unknown.any() and not np.isnan(values[0]).all():
+        found[unknown] = ignoring_nan.reduce(values[:, unknown])
+    return found
 
 
 class TraceEncoder:
@@ -139,6 +154,7 @@ class TraceEncoder:
         self._initial_norms = initial_norms
         self._record_every = record_every
         self._ratios = ratios
+        self._layer_of = np.repeat(np.arange(len(layers.names)), np.diff(layers.offsets))
         self._spells = SpellTracker(layers.offsets[-1], min_spell)
         self._dead_for = np.zeros(layers.offsets[-1], dtype=np.int64)
         self._norms = trace.PartWriter(directory / trace.NORMS_FOLDER)
@@ -153,7 +169,7 @@ class TraceEncoder:
         self._stored_count = 0
         self._last_stored = -1
         self._last: dict[str, Floats] = {}
-        self._step_tables: list[pa.Table] = []
+        self._step_columns: list[dict[str, NDArray[Any]]] = []
         self._event_rows: list[NDArray[np.int64]] = []
         if state is not None:
             self._load(state)
@@ -228,11 +244,15 @@ class TraceEncoder:
             self._stored_count += len(self._stored)
             self._last_stored = self._stored[-1]
             self._stored = []
-        if self._step_tables:
-            table = pa.concat_tables(self._step_tables).combine_chunks()
-            self._step_tables = []
-            last = table["iteration"][-1].as_py()
-            self._steps.write(table, table["iteration"][0].as_py(), last)
+        if self._step_columns:
+            columns = {
+                name: np.concatenate([block[name] for block in self._step_columns])
+                for name in self._step_columns[0]
+            }
+            self._step_columns = []
+            table = pa.table({name: trace.column(values) for name, values in columns.items()})
+            numbers = columns["iteration"]
+            self._steps.write(table, int(numbers[0]), int(numbers[-1]))
         rows = np.concatenate([np.empty((0, 4), dtype=np.int64), *self._event_rows])
         self._event_rows = []
         if len(rows):
@@ -274,28 +294,38 @@ class TraceEncoder:
     def _count_dead(self, states: NDArray[np.bool_]) -> None:
         """Count the filters that are silent with zero gradient now, and have been for a while."""
         dead = states[0] & states[1]
+        lasting = np.flatnonzero(dead[-1])
+        alive = ~dead[:, lasting]
         length = len(dead)
-        alive = ~dead
-        last_alive = np.where(alive.any(axis=0), length - 1 - alive[::-1].argmax(axis=0), -1)
-        self._dead_for = np.where(
-            last_alive < 0, self._dead_for + length, length - 1 - last_alive
-        ).astype(np.int64)
-        self.dead_filters = int((self._dead_for >= MIN_DEATH_WINDOW).sum())
+        since_alive = alive[::-1].argmax(axis=0)
+        dead_for = np.where(alive.any(axis=0), since_alive, self._dead_for[lasting] + length)
+        self._dead_for = np.zeros_like(self._dead_for)
+        self._dead_for[lasting] = dead_for
+        self.dead_filters = int((dead_for >= MIN_DEATH_WINDOW).sum())
 
     def _add_steps(
         self, block: Block, states: NDArray[np.bool_], numbers: NDArray[np.int64]
     ) -> None:
         starts = np.asarray(self.layers.offsets[:-1])
-        columns: dict[str, object] = {"iteration": numbers}
+        columns: dict[str, NDArray[Any]] = {"iteration": numbers}
         columns |= {name: block.scalars[:, i] for i, name in enumerate(SCALARS)}
         for kind, state in zip(EVENT_KINDS, states, strict=True):
-            counts = np.add.reduceat(state, starts, axis=1, dtype=np.int32)
-            columns[f"{kind}_filters"] = trace.list_column(counts)
-        clipped = np.add.reduceat(block.clip_factors < 1, starts, axis=1, dtype=np.int32)
-        mean = np.add.reduceat(block.clip_factors, starts, axis=1) / np.diff(self.layers.offsets)
-        columns["clipped_filters"] = trace.list_column(clipped)
-        columns["mean_clip_factor"] = trace.list_column(mean.astype(np.float32))
-        self._step_tables.append(pa.table(columns))
+            columns[f"{kind}_filters"] = self._count_by_layer(state)
+        columns["clipped_filters"] = self._count_by_layer(block.clip_factors < 1)
+        if np.isnan(block.clip_factors[0]).all() and np.isnan(block.clip_factors[-1]).all():
+            mean = np.full((len(numbers), len(starts)), np.nan, dtype=np.float32)
+        else:
+            sums = np.add.reduceat(block.clip_factors, starts, axis=1)
+            mean = (sums / np.diff(self.layers.offsets)).astype(np.float32)
+        columns["mean_clip_factor"] = mean
+        self._step_columns.append(columns)
+
+    def _count_by_layer(self, state: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Count, from (T, F), in how many of each layer's filters it holds, (T, L)."""
+        counts = np.zeros((len(state), len(self.layers.names)), dtype=np.int32)
+        time, index = np.nonzero(state)
+        np.add.at(counts, (time, self._layer_of[index]), 1)
+        return counts
 
     def _add_norms(self, block: Block, numbers: NDArray[np.int64]) -> None:
         quantities = {
@@ -312,35 +342,37 @@ class TraceEncoder:
 
     def _store_last(self) -> None:
         for name, values in self._last.items():
-            window = self._windows[name]
-            window.rows.append(np.stack((values, window.low, window.high)))  # type: ignore[arg-type]
-            window.low = window.high = None
+            self._windows[name].store(values)
         self._stored.append(self.iterations - 1)
 
     def _norm_table(self) -> pa.Table:
-        columns: dict[str, object] = {"iteration": np.asarray(self._stored, dtype=np.int64)}
+        columns = {"iteration": trace.column(np.asarray(self._stored, dtype=np.int64))}
         for name, window in self._windows.items():
-            rows = window.take()
-            if np.isnan(rows).all():
+            value, low, high = window.take()
+            if np.isnan(value[0]).all() and np.isnan(value).all():
                 continue
-            thinned = not np.array_equal(rows[:, 1], rows[:, 2], equal_nan=True)
+            thinned = low is not high and not np.array_equal(low, high, equal_nan=True)
+            statistics = {"": value, "_min": low, "_max": high} if thinned else {"": value}
             whole = [(None, slice(None))]
             for layer, part in whole if name == "gap_norm" else self.layers:
-                for statistic, suffix in enumerate(("", "_min", "_max") if thinned else ("",)):
+                for suffix, rows in statistics.items():
                     label = trace.column_name(name + suffix, layer)
-                    columns[label] = trace.list_column(rows[:, statistic, part])
+                    columns[label] = trace.column(rows[:, part])
         return pa.table(columns)
 
     def _event_table(self, rows: NDArray[np.int64]) -> pa.Table:
         kind, flat, start, end = rows.T
-        layer = self.layers.layer_of(flat)
+        layer = self._layer_of[flat]
+        first = np.asarray(self.layers.offsets)[layer]
+        ended = pa.py_buffer(np.packbits(end >= 0, bitorder="little"))
+        ends = np.ascontiguousarray(end)
         columns = [
-            pa.array(np.asarray(EVENT_KINDS)[kind]),
-            pa.array(np.asarray(self.layers.names)[layer]),
-            pa.array(layer.astype(np.int32)),
-            pa.array((flat - np.asarray(self.layers.offsets)[layer]).astype(np.int32)),
-            pa.array(start),
-            pa.array(end, mask=end < 0),
+            trace.text_column(EVENT_KINDS, kind),
+            trace.text_column(self.layers.names, layer),
+            trace.column(layer.astype(np.int32)),
+            trace.column((flat - first).astype(np.int32)),
+            trace.column(start),
+            pa.Array.from_buffers(pa.int64(), len(ends), [ended, pa.py_buffer(ends)]),
         ]
         return pa.table(columns, schema=trace.EVENT_SCHEMA)
 
@@ -348,7 +380,7 @@ class TraceEncoder:
         kind, flat = np.nonzero(self._spells.brief)
         rows = np.stack((kind, flat, np.zeros_like(kind), np.zeros_like(kind)), axis=1)
         table = self._event_table(rows).drop_columns(["start_iteration", "end_iteration"])
-        return table.append_column("spells", pa.array(self._spells.brief[kind, flat]))
+        return table.append_column("spells", trace.column(self._spells.brief[kind, flat]))
 
     def _write_brief_spells(self) -> None:
         """Write the counts up to now; the wider part takes the place of the one before."""

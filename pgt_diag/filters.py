@@ -38,14 +38,15 @@ def filter_states(
     channel's map over the batch that is 0 exactly when the whole map is; NaN (unknown) is never a
     state. A filter whose initial norm is 0 never counts as collapsed. Returns (kinds, T, F) bool.
     """
-    return np.stack(
-        (
-            activity == 0,
-            gradient_norms == 0,
-            weight_norms < np.float32(collapsed_ratio) * initial_norms,
-            weight_norms < np.float32(zeroed_ratio) * initial_norms,
-        )
-    )
+    states = np.empty((len(EVENT_KINDS), *activity.shape), dtype=bool)
+    np.equal(activity, 0, out=states[0])
+    np.equal(gradient_norms, 0, out=states[1])
+    np.less(weight_norms, np.float32(collapsed_ratio) * initial_norms, out=states[2])
+    if collapsed_ratio >= zeroed_ratio and not states[2].any():
+        states[3] = False
+    else:
+        np.less(weight_norms, np.float32(zeroed_ratio) * initial_norms, out=states[3])
+    return states
 
 
 class SpellTracker:
@@ -82,38 +83,45 @@ class SpellTracker:
 
     def update(self, states: NDArray[np.bool_]) -> Spells:
         """Take the states of the next T iterations, (kinds, T, F); return new and ended spells."""
-        kinds, length, filters = states.shape
+        _, length, filters = states.shape
         first, self._next_iteration = self._next_iteration, self._next_iteration + length
         if length == 0:
             return np.empty((0, 4), dtype=np.int64)
-        carried = self._since.ravel() >= 0
-        # One padded row per (kind, filter): a carried spell starts in the first column, and one
-        # that still lasts ends in the last, so starts and ends pair up in order.
-        padded = np.zeros((kinds * filters, length + 3), dtype=np.int8)
-        padded[:, 1] = carried
-        padded[:, 2:-1] = states.transpose(0, 2, 1).reshape(kinds * filters, length)
-        steps = np.diff(padded, axis=1)
-        rows, begins = np.nonzero(steps == 1)
-        _, ends = np.nonzero(steps == -1)
-        start = np.where(begins == 0, self._since.ravel()[rows], first + begins - 1)
-        end = first + ends - 1
-        lasting = ends == length + 1
+        since, reported = self._since.ravel(), self._reported.ravel()
+        # Filters rarely change their state: only the changes are looked at one by one.
+        changed = np.empty_like(states)
+        np.not_equal(states[:, 0], self._since >= 0, out=changed[:, 0])
+        np.not_equal(states[:, 1:], states[:, :-1], out=changed[:, 1:])
+        places = np.flatnonzero(changed)
+        begins = states.ravel()[places]
+        rest, index = np.divmod(places, filters)
+        kind, time = np.divmod(rest, length)
+        row = kind * filters + index
+        order = np.argsort(row, kind="stable")
+        row, begins, time = row[order], begins[order], first + time[order]
+        same = np.diff(row, prepend=-1) == 0
 
-        long = end - start >= self.min_spell
-        new = long & ~((begins == 0) & lasting & self._reported.ravel()[rows])
-        brief = ~lasting & ~long
-        np.add.at(self.brief.ravel(), rows[brief], 1)
+        ends = np.flatnonzero(~begins)
+        ended = row[ends]
+        start = np.where(same[ends], np.roll(time, 1)[ends], since[ended])
+        long = time[ends] - start >= self.min_spell
+        np.add.at(self.brief.ravel(), ended[~long], 1)
+        closed = (ended[long], start[long], time[ends][long])
 
-        since = np.full(kinds * filters, -1, dtype=np.int64)
-        since[rows[lasting]] = start[lasting]
-        reported = np.zeros(kinds * filters, dtype=bool)
-        reported[rows[lasting & long]] = True
-        self._since, self._reported = since.reshape(kinds, -1), reported.reshape(kinds, -1)
-
-        kind, filter_index = np.divmod(rows[new], filters)
-        return np.stack(
-            (kind, filter_index, start[new], np.where(lasting, -1, end)[new]), axis=1
-        ).astype(np.int64)
+        last = np.flatnonzero(np.diff(row, append=-1) != 0)
+        reported[row] = False
+        since[row[last]] = np.where(begins[last], time[last], -1)
+        lasting = np.flatnonzero(
+            (since >= 0) & ~reported & (since <= self._next_iteration - self.min_spell)
+        )
+        reported[lasting] = True
+        rows, starts, finishes = (
+            np.concatenate(pair)
+            for pair in zip(
+                closed, (lasting, since[lasting], np.full(len(lasting), -1)), strict=True
+            )
+        )
+        return np.stack((*np.divmod(rows, filters), starts, finishes), axis=1)
 
 
 def death_window(iteration_count: int) -> int:

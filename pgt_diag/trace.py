@@ -55,14 +55,28 @@ def column_name(quantity: str, layer: str | None) -> str:
     return quantity if layer is None else f"{quantity}/{layer}"
 
 
-def list_column(values: NDArray[np.generic]) -> pa.FixedSizeListArray:
-    """Return (rows, width) values as one fixed-size-list column."""
-    flat = pa.array(np.ascontiguousarray(values).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+def column(values: NDArray[np.generic]) -> pa.Array:
+    """Return numbers, (rows,) or (rows, width), as a column, the latter of fixed-size lists.
+
+    Made from the memory itself: `pa.array` would import pandas, while training goes on.
+    """
+    flat = np.ascontiguousarray(values).reshape(-1)
+    numbers = pa.Array.from_buffers(
+        pa.from_numpy_dtype(flat.dtype), len(flat), [None, pa.py_buffer(flat)]
+    )
+    return (
+        numbers if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(numbers, values.shape[1])
+    )
+
+
+def text_column(names: Sequence[str], chosen: NDArray[np.integer[Any]]) -> pa.Array:
+    """Return `names[chosen]` as a column of text."""
+    indices = column(chosen.astype(np.int32))
+    return pa.DictionaryArray.from_arrays(indices, pa.array(list(names))).dictionary_decode()
 
 
 def matrix(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Return a fixed-size-list column as (rows, width); inverse of `list_column`."""
+    """Return a fixed-size-list column as (rows, width); inverse of `column`."""
     flat: NDArray[Any] = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(-1, column.type.list_size)
 

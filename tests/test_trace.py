@@ -12,8 +12,8 @@ from pgt_diag.errors import RunDirectoryError
 from pgt_diag.trace import (
     ROW_GROUP,
     PartWriter,
+    column,
     encode_table,
-    list_column,
     matrix,
     parts,
     read_parts,
@@ -25,7 +25,7 @@ from pgt_diag.trace import (
 def rows(first: int, count: int) -> pa.Table:
     numbers = np.arange(first, first + count)
     values = np.stack((numbers, -numbers), axis=1).astype(np.float32)
-    return pa.table({"iteration": numbers, "weight_norm/a.b": list_column(values)})
+    return pa.table({"iteration": numbers, "weight_norm/a.b": column(values)})
 
 
 def test_rows_come_back_once_and_in_order_however_parts_were_merged(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_float_columns_are_smaller_than_raw_and_lossless(tmp_path: Path) -> None
     generator = np.random.default_rng(0)
     walk = 1 + np.cumsum(generator.normal(scale=1e-4, size=(1000, 512)), axis=0)
     values = walk.astype(np.float32)
-    part = write_part(tmp_path, pa.table({"weight_norm/a": list_column(values)}), 0, 999)
+    part = write_part(tmp_path, pa.table({"weight_norm/a": column(values)}), 0, 999)
     assert part.path.stat().st_size < values.nbytes / 1.5
     np.testing.assert_array_equal(matrix(part.read()["weight_norm/a"]), values)
 
