@@ -28,7 +28,7 @@ from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver
 from pgt_diag.reading import Ending, Layer
 from pgt_diag.reductions import filter_norms
-from pgt_diag.ring import Ring, RowLayout
+from pgt_diag.ring import Ring, Row, RowLayout
 from pgt_diag.writer import WriterThread
 
 _HANDOVER_SECONDS = 0.25
@@ -123,7 +123,9 @@ class FilterRecorder:
         self._ratios = (collapsed_ratio, zeroed_ratio)
         self._stop_when_diverged = stop_when_diverged
         self._initial_norms = torch.empty(self._layers.offsets[-1], device=self._device)
-        self._write_weight_norms(self._initial_norms)
+        parts = [self._initial_norms[part] for _, part in self._layers]
+        with torch.no_grad():
+            filter_norms(self._weights(), parts)
         settings = {
             "record_every": record_every,
             "min_spell": min_spell,
@@ -137,22 +139,23 @@ class FilterRecorder:
             "settings": settings,
         }
         if resume is None:
-            self._directory = RunDirectory.create(Path(directory), force=force)
-            self._directory.update(
-                {
+            self._directory = RunDirectory.create(
+                Path(directory),
+                force=force,
+                info={
                     "status": "running",
                     "message": None,
                     "model": type(model).__name__,
                     **settings,
                     **(info or {}),
-                }
+                },
             )
         else:
             self._check_identity(resume)
             self._directory = RunDirectory.reopen(Path(directory))
             self._restore(resume, info or {})
         self._convolution_ids = {id(weight) for weight in weights}
-        self._slices = dict(self._layers)
+        self._index = {name: index for index, name in enumerate(self._layers.names)}
 
         self._ring: Ring | None = None
         self._writer: WriterThread | None = None
@@ -245,6 +248,7 @@ class FilterRecorder:
         Tensors are taken as they are on the device, without waiting for it. `accuracy` is a
         percentage, `clip_factors` maps convolutions to (filters,) factors in [0, 1].
         """
+        _check_names("convolution", self._index, clip_factors or ())
         told = {
             "loss": loss,
             "accuracy": accuracy,
@@ -338,20 +342,21 @@ class FilterRecorder:
         self._ring = Ring(
             RowLayout.of(self._layers.offsets[-1], gap_features),
             self._device,
-            unseen=[part for name, part in self._layers if name not in taps],
+            [part for _, part in self._layers],
+            unseen=[index for index, name in enumerate(self._layers.names) if name not in taps],
         )
         self._open_run(taps, gap_tap)
 
     def add_activity(self, layer: str, activity: Tensor) -> None:
         """Add to the coming step's row: several batches make up one iteration (MapSink)."""
         assert self._ring is not None
-        self._ring.row[self._ring.layout.activity][self._slices[layer]] += activity
+        self._ring.row.activity_of[self._index[layer]].add_(activity)
         self._unseen.discard(layer)
 
     def add_gap(self, squares: Tensor) -> None:
         """Add to the coming step's row (MapSink)."""
         assert self._ring is not None
-        self._ring.row[self._ring.layout.gap] += squares
+        self._ring.row.gap.add_(squares)
         self._gap_unseen = False
 
     def discard(self) -> None:
@@ -361,7 +366,7 @@ class FilterRecorder:
         self._forget_seen()
 
     def _forget_seen(self) -> None:
-        self._unseen = set(self._slices)
+        self._unseen = set(self._index)
         self._gap_unseen = True
 
     def _open_run(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap) -> None:
@@ -437,30 +442,28 @@ class FilterRecorder:
         self._check_step([*arguments[1:], *named_arguments.values()])
         began = time.perf_counter()
         assert self._ring is not None
-        row, layout = self._ring.row, self._ring.layout
+        row = self._ring.row
         scale = getattr(optimizer, "grad_scale", None)
-        self._write_gradient_norms(row[layout.gradient_norms], scale)
-        scalars = row[layout.scalars]
+        self._write_gradient_norms(row, scale)
         told = {
             **self._told,
             "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": self._global_gradient_norm(row[layout.gradient_norms], optimizer, scale),
+            "grad_norm": self._global_gradient_norm(row, optimizer, scale),
         }
         for index, name in enumerate(SCALARS):
             if name in told:
-                scalars[index] = told[name]
-        for name, part in self._layers:
-            if name in told.get("clip_factors", ()):
-                row[layout.clip_factors][part] = told["clip_factors"][name]
+                row.scalars[index] = told[name]
+        for name, factors in told.get("clip_factors", {}).items():
+            row.clip_factors_of[self._index[name]].copy_(factors)
         for name in self._unseen:
-            row[layout.activity][self._slices[name]] = torch.nan
+            row.activity_of[self._index[name]].fill_(torch.nan)
         if self._gap_unseen:
-            row[layout.gap] = torch.nan
+            row.gap.fill_(torch.nan)
         self._forget_seen()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips the step on the device: only the writer learns of it.
-            row[layout.skipped] = found_inf
+            row.skipped.copy_(found_inf)
         self._told = {}
         self._seconds += time.perf_counter() - began
 
@@ -486,7 +489,7 @@ class FilterRecorder:
     def _after_step(self, *_: object) -> None:
         began = time.perf_counter()
         assert self._ring is not None
-        self._write_weight_norms(self._ring.row[self._ring.layout.weight_norms])
+        filter_norms(self._weights(), self._ring.row.weight_norms_of)
         self._steps += 1
         if self._ring.advance() or time.monotonic() - self._handed_over > _HANDOVER_SECONDS:
             self._hand_over()
@@ -494,29 +497,23 @@ class FilterRecorder:
 
     # Measurements
 
-    @torch.no_grad()
-    def _write_weight_norms(self, out: Tensor) -> None:
-        for module, (_, part) in zip(self._convolutions.values(), self._layers, strict=True):
-            filter_norms(module.weight, out[part])
+    def _weights(self) -> list[Tensor]:
+        return [module.weight for module in self._convolutions.values()]
 
-    def _write_gradient_norms(self, out: Tensor, scale: Tensor | None) -> None:
-        for module, (_, part) in zip(self._convolutions.values(), self._layers, strict=True):
-            if module.weight.grad is not None:
-                filter_norms(module.weight.grad, out[part])
+    def _write_gradient_norms(self, row: Row, scale: Tensor | None) -> None:
+        pairs = zip(self._weights(), row.gradient_norms_of, strict=True)
+        known = [(weight.grad, out) for weight, out in pairs if weight.grad is not None]
+        filter_norms([gradient for gradient, _ in known], [out for _, out in known])
         if scale is not None:
-            out /= scale
+            row.gradient_norms.div_(scale)
 
     def _global_gradient_norm(
-        self, rows: Tensor, optimizer: torch.optim.Optimizer, scale: Tensor | None
+        self, row: Row, optimizer: torch.optim.Optimizer, scale: Tensor | None
     ) -> Tensor:
         """Return the L2 norm of all gradients, from the filters' norms and the other parameters."""
         # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
-        owners = {id(module.weight): name for name, module in self._convolutions.items()}
-        norms = [
-            rows[self._slices[name]]
-            for name in owners.values()
-            if self._convolutions[name].weight.grad is not None
-        ]
+        pairs = zip(self._weights(), row.gradient_norms_of, strict=True)
+        norms = [out for weight, out in pairs if weight.grad is not None]
         others = [
             parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
             for group in optimizer.param_groups
@@ -524,7 +521,7 @@ class FilterRecorder:
             if parameter.grad is not None and id(parameter) not in self._convolution_ids
         ]
         if not norms and not others:
-            return rows.new_zeros(())
+            return row.values.new_zeros(())
         if others:
             rest = torch.nn.utils.get_total_norm(others).to(self._device, torch.float32)
             norms.append((rest / scale if scale is not None else rest).reshape(1))

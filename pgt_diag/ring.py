@@ -56,34 +56,60 @@ class RowLayout:
         )
 
 
+class Row:
+    """One ring row, (width,) float32, and views of its parts; made once, as slicing takes time."""
+
+    def __init__(self, values: Tensor, layout: RowLayout, layers: Sequence[slice]) -> None:
+        self.values = values
+        self.weight_norms = values[layout.weight_norms]
+        self.gradient_norms = values[layout.gradient_norms]
+        self.clip_factors = values[layout.clip_factors]
+        self.activity = values[layout.activity]
+        self.gap = values[layout.gap]
+        self.scalars = values[layout.scalars]
+        self.skipped = values[layout.skipped]
+        self.weight_norms_of = [self.weight_norms[part] for part in layers]
+        self.gradient_norms_of = [self.gradient_norms[part] for part in layers]
+        self.clip_factors_of = [self.clip_factors[part] for part in layers]
+        self.activity_of = [self.activity[part] for part in layers]
+
+
 class Ring:
     """Rows of float32 measurements on the training device.
 
     A fresh row is NaN (unknown) but for what adds up over an iteration's batches: activity, and
-    the squares of the GAP features. `unseen` are the filters whose activity stays unknown.
+    the squares of the GAP features. `layers` are the layers' filters; those whose activity is never
+    seen, `unseen` by index, stay unknown.
     """
 
-    def __init__(self, layout: RowLayout, device: torch.device, unseen: Sequence[slice]) -> None:
+    def __init__(
+        self,
+        layout: RowLayout,
+        device: torch.device,
+        layers: Sequence[slice],
+        unseen: Sequence[int],
+    ) -> None:
         self.layout = layout
         blank = torch.full((layout.width,), torch.nan, device=device)
         for part in (layout.activity, layout.gap, layout.skipped):
             blank[part] = 0
-        for part in unseen:
-            blank[layout.activity][part] = torch.nan
+        for index in unseen:
+            blank[layout.activity][layers[index]] = torch.nan
         self._blank = blank
         self._halves = blank.repeat(2, HALF, 1)
+        self._rows = [[Row(row, layout, layers) for row in half] for half in self._halves]
         self._transfer = _Transfer(self._halves) if self._halves.is_cuda else None
         self._half = 0
         self._finished = 0
 
     @property
-    def row(self) -> Tensor:
-        """The row of the coming step, (width,)."""
-        return self._halves[self._half, self._finished]
+    def row(self) -> Row:
+        """The row of the coming step."""
+        return self._rows[self._half][self._finished]
 
     def clear(self) -> None:
         """Make the row of the coming step blank again."""
-        self.row.copy_(self._blank)
+        self.row.values.copy_(self._blank)
 
     def advance(self) -> bool:
         """Finish the row; return whether the half is full and has to be taken."""
