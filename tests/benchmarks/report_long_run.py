@@ -10,7 +10,6 @@ above its imports; trace ≤ 100 µs per iteration and ≤ 150 MB.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
@@ -25,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from pgt_diag.config import RunConfig
 from pgt_diag.directory import METRICS_FILE, RunDirectory
-from pgt_diag.encoder import STORED_ROWS, Block, TraceEncoder, layer_slices
+from pgt_diag.encoder import Block, TraceEncoder, default_record_every, layer_slices
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
-from pgt_diag.run import Layer
+from pgt_diag.reading import Layer
 from reports.demo import RESNET18
 
 ROOT = Path(__file__).parents[2]
@@ -86,10 +85,10 @@ def blocks(count: int) -> Iterator[Block]:
 
 
 def write_run(path: Path, count: int) -> float:
-    """Write the run directory; return the seconds spent in the encoder."""
+    """Write the run directory; return the CPU seconds spent in the encoder."""
     names = [name for name, _ in RESNET18]
     filters = [filters for _, filters in RESNET18]
-    every, min_spell = math.ceil(count / STORED_ROWS), max(1, round(count / 1000))
+    every, min_spell = default_record_every(count), max(1, round(count / 1000))
     directory = RunDirectory.create(path)
     info = {"model": "resnet18", "record_every": every, "min_spell": min_spell}
     info |= {"planned_iterations": count, "iterations_per_epoch": count // EPOCHS}
@@ -104,20 +103,20 @@ def write_run(path: Path, count: int) -> float:
     )
     spent = 0.0
     while block is not None:
-        start = time.perf_counter()
+        start = time.thread_time()
         encoder.add(block)
         if encoder.iterations % FLUSH == 0:
             encoder.flush()
-        spent += time.perf_counter() - start
+        spent += time.thread_time() - start
         block = next(source, None)
-    start = time.perf_counter()
-    encoder.seal()
-    spent += time.perf_counter() - start
+    start = time.thread_time()
+    sealed = encoder.seal(complete=True)
+    spent += time.thread_time() - start
     for epoch in range(EPOCHS):
         accuracy = {"train_accuracy": 60 + epoch / 10, "test_accuracy": 60 + epoch / 11}
         done = (epoch + 1) * count // EPOCHS
         directory.append_metrics({"epoch": epoch, "iteration": done} | accuracy)
-    directory.finish("finished")
+    directory.finish("finished", sealed=sealed)
     return spent
 
 
@@ -144,7 +143,7 @@ def main() -> None:
         path = options.keep or Path(folder) / "run"
         if not (path / METRICS_FILE).exists():
             spent = write_run(path, options.iterations)
-            print(f"trace: {1e6 * spent / options.iterations:.0f} µs per iteration", flush=True)
+            print(f"trace: {1e6 * spent / options.iterations:.0f} µs CPU per iteration", flush=True)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         print(f"run directory: {size / 1e6:.0f} MB", flush=True)
         output = Path(folder) / "report.html"
