@@ -93,6 +93,8 @@ _INFO_TYPES: dict[str, tuple[type, ...]] = {
     "iterations": (int,),
     "overhead": (dict,),
     "layers": (list,),
+    "resumed_from": (list,),
+    "bad_images": (list,),
     "digests": (dict,),
 }
 

@@ -129,6 +129,13 @@ def _run_facts(summary: RunSummary) -> list[str]:
         if (info.get("record_every") or 1) > 1
         else "norms stored at every iteration",
     ]
+    if resumed := info.get("resumed_from"):
+        times = plural(len(resumed), "time")
+        facts.append(f"resumed {times}, last at iteration {printable(resumed[-1])}")
+    if replaced := info.get("bad_images"):
+        facts.append(
+            f"{plural(len(replaced), 'unreadable image')} replaced by another of its class"
+        )
     overhead = info.get("overhead")
     if isinstance(overhead, dict) and overhead.get("training_seconds"):
         spent, all_of = float(overhead["recorder_seconds"]), float(overhead["training_seconds"])

@@ -16,6 +16,7 @@ from pgt_diag.text import MAX_LABEL, printable
 from reports import figures, panels, sprites, stills, text, zeroout
 from reports.demo import DemoLayer, DemoRun, demo_runs
 from reports.lines import pack, thin, unpack
+from reports.records import run_cards
 from reports.summary import summarise
 from reports.verdict import verdict
 
@@ -476,3 +477,10 @@ def test_clipping_is_shown_only_where_something_clips(pair):
     assert figures.clipping(clipped) is not None
     assert len(figures.clipping_by_layer(clipped).data) == 1
     assert figures.agc_activity(clipped[1])["clipped"].between(0, 100).all()
+
+
+def test_a_resumed_run_and_replaced_images_are_told():
+    extra = {"resumed_from": [120, 640], "bad_images": [{"path": "train/cat/1.jpg"}]}
+    (card,) = run_cards(summarise([DemoRun("run", config(), 0.3, 120, 2, extra=extra)]))
+    assert "resumed 2 times, last at iteration 640" in card["facts"]
+    assert "1 unreadable image replaced by another of its class" in card["facts"]
