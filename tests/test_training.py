@@ -26,7 +26,9 @@ from pgt_diag.data import load_data
 from pgt_diag.errors import ConfigurationError, DataError, DivergedError, RunDirectoryError
 from pgt_diag.models import build_model
 from pgt_diag.progress import Listener, Plan, Progress
+from pgt_diag.resuming import resume_point
 from pgt_diag.schedules import learning_rate
+from tests.runs import contents, difference
 
 TINY = {
     "dataset": DatasetName.SYNTHETIC,
@@ -114,6 +116,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a floor above every filter": {"method": Method.AGC, "agc_eps": 5.0},
     "smoothed labels": {"method": Method.PGT, "label_smoothing": 0.2},
     "no momentum": {"momentum": 0.0, "nesterov": False},
+    "a batch in uneven parts": {"method": Method.AGC_PGT, "accumulate": 3},
 }
 
 
@@ -333,3 +336,32 @@ def test_trains_and_records_on_a_gpu(amp: Amp, method: Method, tmp_path: Path) -
     assert 0 < run.iteration_count <= 8
     assert np.isfinite(run.iterations["grad_norm"]).all()
     assert np.isfinite(run.weight_norms("conv1")).all(axis=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("amp", [Amp.BF16, Amp.FP16])
+def test_resume_is_exact_on_a_gpu_with_deterministic_algorithms(amp: Amp, tmp_path: Path) -> None:
+    config = tiny(
+        device=Device.CUDA, amp=amp, method=Method.AGC_PGT, threads=None, deterministic=True
+    )
+    training.train(config, tmp_path / "undisturbed")
+    asked = iter(range(100))
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, tmp_path / "run", stop=lambda: next(asked) == 5)
+    training.train(config, tmp_path / "run", resume=resume_point(tmp_path / "run"))
+    assert difference(contents(tmp_path / "undisturbed"), contents(tmp_path / "run")) is None
+
+
+def test_an_iteration_in_parts_is_one_iteration_to_the_recorder(tmp_path: Path) -> None:
+    training.train(tiny(), tmp_path / "whole")
+    training.train(tiny(accumulate=4), tmp_path / "parts")
+    whole, parts = (pgt_diag.load_run(tmp_path / name) for name in ("whole", "parts"))
+    assert parts.iteration_count == whole.iteration_count == 8
+    for column in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(parts.iterations[column], whole.iterations[column], rtol=2e-3)
+    np.testing.assert_allclose(parts.gap_norms(), whole.gap_norms(), rtol=2e-3, atol=1e-4)
+    first = [
+        run.events.query("kind == 'silent' and start_iteration == 0") for run in (whole, parts)
+    ]
+    assert first[0]["filter"].tolist() == first[1]["filter"].tolist()
