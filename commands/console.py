@@ -16,6 +16,7 @@ from pgt_diag.config import Preset
 from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
+from pgt_diag.run import load_run
 from pgt_diag.text import printable
 
 _LINE_SECONDS = 10.0
@@ -81,7 +82,8 @@ class TrainingConsole(Listener):
 
     def show_result(self, path: Path) -> None:
         """Say how it ended."""
-        metrics = self._metrics
+        # A run that was killed after its last epoch goes on without another.
+        metrics = self._metrics or load_run(path).metrics.tail(1).to_dict("records")[0]
         if self._json:
             print(json.dumps({"run_dir": str(path), **metrics}))
             return

@@ -193,10 +193,10 @@ def train(
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
     preset = preset or file_preset
-    run_config, used_preset = compose(preset, file, given)
+    run_config, used_preset = compose(preset, file, given, source=str(config or ""))
     directory = _run_directory(run_dir, name, run_config, resume)
     # A job scheduler's signal ends the run as Ctrl-C does: with a checkpoint, and code 130.
-    stop = _StopRequest()
+    stop = StopRequest()
     point = None
     if resume is Resume.REQUIRED or (resume is Resume.AUTO and (directory / "run.json").exists()):
         from pgt_diag.resuming import resume_point
@@ -233,7 +233,7 @@ def train(
     console.show_result(path)
 
 
-class _StopRequest:
+class StopRequest:
     """Remembers a signal, for training to stop at the next iteration with a checkpoint.
 
     Before training asks for the first time, and at a second Ctrl-C, the process ends at once.
@@ -245,6 +245,7 @@ class _StopRequest:
             signal.signal(number, self._hear)
 
     def __call__(self) -> bool:
+        """Return whether a signal has come."""
         self._asked = True
         return self._requested
 

@@ -28,7 +28,7 @@ def save(directory: Path, step: int, state: dict[str, Any], kept: int = KEPT) ->
     state: tensors, numbers, text, and lists and dicts of these.
     """
     folder = directory / CHECKPOINTS_FOLDER
-    folder.mkdir(exist_ok=True)
+    storage.make_folder(folder)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
@@ -42,6 +42,7 @@ def save(directory: Path, step: int, state: dict[str, Any], kept: int = KEPT) ->
 def found_in(directory: Path) -> list[Path]:
     """Return the checkpoints of a run directory, damaged or not, newest first."""
     folder = directory / CHECKPOINTS_FOLDER
+    storage.check_no_link(folder)
     paths = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in paths if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (path.name[:23], path.lstat().st_mtime_ns), reverse=True)
@@ -59,6 +60,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         _check_sizes(data)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check_values(state)
     except Exception as error:  # whatever a made-up file makes the readers raise
         raise RunDirectoryError(f"{path}: is no checkpoint: {error}") from None
     if not isinstance(state, dict):
@@ -84,7 +86,34 @@ def intact(directory: Path) -> Iterator[tuple[Path, dict[str, Any] | RunDirector
 
 def _check_sizes(data: bytes) -> None:
     """Raise ValueError for an archive that unpacks to more than itself."""
+    # Anything else torch reads as its older formats, which say sizes of their own.
+    if not data.startswith(b"PK\x03\x04"):
+        raise ValueError("it is no archive")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > len(data):
-                raise ValueError(f"{entry.filename} is compressed")
+        entries = archive.infolist()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{entry.filename} is compressed")
+    if sum(entry.file_size for entry in entries) > len(data):
+        raise ValueError("its entries say that they are larger than the file")
+
+
+def _check_values(state: object) -> None:
+    """Raise ValueError for a tensor that is larger than its bytes, or any other kind of value.
+
+    A view of one number may say that it has 10^12: whoever copies it would need them all.
+    """
+    left, seen = [state], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, dict | list | tuple):
+            if id(value) not in seen:
+                seen.add(id(value))
+                left += [*value, *value.values()] if isinstance(value, dict) else value
+        elif isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or value.device.type != "cpu":
+                raise ValueError("it has a tensor without plain values")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"it has a tensor that says it has shape {tuple(value.shape)}")
+        elif not isinstance(value, int | float | str | None):
+            raise ValueError(f"it has a {type(value).__name__}")  # noqa: TRY004

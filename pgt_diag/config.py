@@ -6,9 +6,11 @@ Standard library only, so that the command line can list every choice without im
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -178,7 +180,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = _coerce(field.name, getattr(self, field.name))
+            value = coerce(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         _check(self)
 
@@ -199,13 +201,49 @@ class RunConfig:
         return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
 
 
-def check_keys(values: dict[str, Any]) -> None:
-    """Raise ConfigurationError for the first key that RunConfig lacks, naming the nearest."""
+def check_keys(values: Iterable[str], also: Iterable[str] = ()) -> None:
+    """Raise ConfigurationError for the first key that neither RunConfig nor `also` has.
+
+    The message names the nearest key.
+    """
+    known = [*_TYPES, *also]
     for key in values:
-        if key not in _TYPES:
-            near = difflib.get_close_matches(key, _TYPES, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            raise ConfigurationError(f"unknown key '{key}'{hint}")
+        if key not in known:
+            raise ConfigurationError(f"unknown key '{shorten(key)}'; did you mean '{nearest(key, known)}'?")
+
+
+def nearest(key: object, known: Iterable[str]) -> str:
+    """Return the known key that is most like another, however little that is."""
+    text = str(key)[:_SHOWN].lower().replace("-", "_")
+    if text in _OFTEN_MEANT:
+        return _OFTEN_MEANT[text]
+    return difflib.get_close_matches(text, list(known), n=1, cutoff=0)[0]
+
+
+_OFTEN_MEANT = {
+    "learning_rate": "lr",
+    "learningrate": "lr",
+    "wd": "weight_decay",
+    "batch": "batch_size",
+    "num_epochs": "epochs",
+    "num_workers": "workers",
+    "arch": "model",
+    "network": "model",
+    "smoothing": "label_smoothing",
+    "warmup": "warmup_epochs",
+}
+_SHOWN = 100
+
+
+def shorten(value: object) -> str:
+    """Return a value as it may be shown: whatever a file holds, no more than fits a line."""
+    if isinstance(value, str):
+        return value[:_SHOWN]
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "too large a number"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
 def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
@@ -214,18 +252,38 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
     Raises ConfigurationError, naming the file, when it cannot be read or holds an unknown key.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with path.open("rb") as file:
+            data = file.read(_MAX_TOML_BYTES + 1)
+        if len(data) > _MAX_TOML_BYTES:
+            raise ValueError(f"has more than {_MAX_TOML_BYTES:,} bytes")  # noqa: TRY301
+        given = tomllib.loads(data.decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
-    values = {key.replace("-", "_"): value for key, value in values.items()}
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.replace("-", "_")
+        if name in values:
+            raise ConfigurationError(f"{path}: {name} is given twice, as '{key}' too")
+        if isinstance(value, dict) and name not in _TYPES:
+            inner = next(iter(value), "")
+            raise ConfigurationError(
+                f"{path}: unknown key '{shorten(f'{key}.{inner}')}'; keys stand at the top level, "
+                f"without tables; did you mean '{nearest(inner or key, _TYPES)}'?"
+            )
+        if name not in (*_TYPES, "preset"):
+            raise ConfigurationError(
+                f"{path}: unknown key '{shorten(key)}' with the value {_quoted(value)}; did you "
+                f"mean '{nearest(key, (*_TYPES, 'preset'))}'?"
+            )
+        values[name] = value
     if values.get("record_every") == "auto":
         values["record_every"] = None
     preset = values.pop("preset", None)
     if preset is not None and preset not in list(Preset):
-        raise ConfigurationError(f"{path}: preset is {preset!r}; choose one of {', '.join(Preset)}")
+        raise ConfigurationError(f"{path}: preset is {_quoted(preset)}; choose one of {', '.join(Preset)}")
     try:
         check_keys(values)
-        values = {key: _coerce(key, value) for key, value in values.items()}
+        values = {key: coerce(key, value) for key, value in values.items()}
         return values, Preset(preset) if preset else None
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from None
@@ -234,13 +292,20 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
 _TYPES: dict[str, Any] = typing.get_type_hints(RunConfig)
 
 
+_MAX_TOML_BYTES = 1 << 20
+
+
+def _quoted(value: object) -> str:
+    return repr(shorten(value)) if isinstance(value, str) else shorten(value)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, StrEnum):
         return value.value
     return list(value) if isinstance(value, tuple) else value
 
 
-def _coerce(key: str, value: Any) -> Any:
+def coerce(key: str, value: Any) -> Any:
     """Turn a plain value into the field's type; ConfigurationError when it is of another kind."""
     if isinstance(value, StrEnum):
         return value
@@ -252,16 +317,19 @@ def _coerce(key: str, value: Any) -> Any:
     if isinstance(wanted, type) and issubclass(wanted, StrEnum):
         choices = [str(choice) for choice in wanted]
         if value not in choices:
-            raise ConfigurationError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
+            raise ConfigurationError(f"{key} is {_quoted(value)}; choose one of {', '.join(choices)}")
         return wanted(value)
     if typing.get_origin(wanted) is tuple:
         if isinstance(value, list | tuple) and all(type(item) is int for item in value):
             return tuple(value)
-        raise ConfigurationError(f"{key} is {value!r}; it must be a list of integers")
+        raise ConfigurationError(f"{key} is {_quoted(value)}; it must be a list of integers")
     if wanted is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigurationError(f"{key} is {_quoted(value)}; it is too large") from None
     if type(value) is not wanted:
-        raise ConfigurationError(f"{key} is {value!r}; it must be of type {wanted.__name__}")
+        raise ConfigurationError(f"{key} is {_quoted(value)}; it must be of type {wanted.__name__}")
     return value
 
 
@@ -270,8 +338,8 @@ def _check(config: RunConfig) -> None:
         value = getattr(config, key)
         if value is None:
             continue
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ConfigurationError(f"{key} is {value}; it must {_describe(low, high)}")
+        if not low <= value <= high or value == math.inf:
+            raise ConfigurationError(f"{key} is {shorten(value)}; it must {_describe(low, high)}")
     if config.lr == 0 or (config.method.uses_gc and config.clip_norm == 0):
         key = "lr" if config.lr == 0 else "clip_norm"
         raise ConfigurationError(f"{key} is 0; it must be greater than 0")
@@ -288,6 +356,15 @@ def _check(config: RunConfig) -> None:
         raise ConfigurationError(
             f"accumulate is {config.accumulate}, and a batch has only {config.batch_size} images"
         )
+    size = config.image_size or 1
+    if (
+        config.dataset is DatasetName.SYNTHETIC
+        and 3 * config.synthetic_images * size**2 > _MAX_SYNTHETIC_BYTES
+    ):
+        raise ConfigurationError(
+            f"synthetic_images is {config.synthetic_images}, of {size}×{size} pixels: these do not "
+            "fit in memory"
+        )
     if config.momentum == 1:
         raise ConfigurationError("momentum is 1.0; it must be less than 1")
     if config.device is Device.CPU and config.amp in (Amp.BF16, Amp.FP16):
@@ -295,6 +372,9 @@ def _check(config: RunConfig) -> None:
 
 
 _ANY = math.inf
+_MANY = 10**9
+"""More of anything would only be a mistake, or somebody's attempt at one."""
+_MAX_SYNTHETIC_BYTES = 1 << 32
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("image_size", 1, 4096),
     ("synthetic_images", 2, 1_000_000),
@@ -305,9 +385,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("agc_clip_factor", 0, _ANY),
     ("agc_eps", 0, _ANY),
     ("label_smoothing", 0, 1),
-    ("batch_size", 1, _ANY),
-    ("accumulate", 1, _ANY),
-    ("epochs", 1, _ANY),
+    ("batch_size", 1, _MANY),
+    ("accumulate", 1, _MANY),
+    ("epochs", 1, _MANY),
     ("lr", 0, _ANY),
     ("momentum", 0, 1),
     ("weight_decay", 0, _ANY),
@@ -315,18 +395,22 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("warmup_lr", 0, _ANY),
     ("min_lr", 0, _ANY),
     ("seed", 0, 2**63 - 1),
-    ("threads", 1, 4096),
-    ("checkpoint_every", 1, _ANY),
-    ("record_every", 1, _ANY),
-    ("min_spell", 1, _ANY),
-    ("feature_map_layer", 0, _ANY),
+    ("threads", 1, 1024),
+    ("checkpoint_every", 1, _MANY),
+    ("record_every", 1, _MANY),
+    ("min_spell", 1, _MANY),
+    ("feature_map_layer", 0, _MANY),
     ("feature_map_images", 1, 64),
     ("feature_map_snapshots", 0, 1000),
 )
 
 
 def _describe(low: float, high: float) -> str:
-    return f"be a number of at least {low:g}" if high == _ANY else f"lie in [{low:g}, {high:g}]"
+    if high == _ANY:
+        return f"be a number of at least {low:g}"
+    return f"lie in [{low:g}, {high:g}]" if high < _MANY else (
+        f"be a number of at least {low:g}, and no more than {high:,}"
+    )
 
 
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -379,13 +463,13 @@ RESUMABLE_WITH = frozenset(
 
 
 def compose(
-    preset: Preset | None, file: dict[str, Any], options: dict[str, Any]
+    preset: Preset | None, file: dict[str, Any], options: dict[str, Any], source: str = ""
 ) -> tuple[RunConfig, Preset]:
     """Return a configuration: options before the file, the file before the preset's values.
 
     With no preset, the one of the data set. A preset's stem is left out for a model that has none
     to choose, and its warm-up is shortened to half of a shorter run. Also returns the preset that
-    was used.
+    was used. `source` is the file, for the message about a value of it.
     """
     dataset = options.get("dataset", file.get("dataset"))
     if preset is None:
@@ -396,7 +480,11 @@ def compose(
         values.pop("stem", None)
     if "warmup_epochs" not in chosen and isinstance(values.get("epochs"), int):
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
-    return RunConfig.from_mapping(values), preset
+    try:
+        return RunConfig.from_mapping(values), preset
+    except ConfigurationError as error:
+        named = {key for key in file if key not in options and re.search(rf"\b{key}\b", str(error))}
+        raise ConfigurationError(f"{source}: {error}" if named and source else str(error)) from None
 
 
 def has_stem(model: str) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.csv"
 LOCK_FILE = ".lock"
 FEATURE_MAPS_FOLDER = "feature_maps"
+FEATURE_MAPS_NAME = re.compile(r"iteration-(\d{12})-([0-9a-f]{16})\.npz")
 CHECKPOINTS_FOLDER = "checkpoints"
 SET_ASIDE_FOLDER = "set-aside"
 MAX_RUN_FILE_BYTES = MAX_METRICS_BYTES = 1 << 26
@@ -37,6 +39,8 @@ _TRACE_FOLDERS = (
 _OWN_FOLDERS = (*_TRACE_FOLDERS, FEATURE_MAPS_FOLDER, CHECKPOINTS_FOLDER, SET_ASIDE_FOLDER)
 _SEALED_FILES = (trace.EVENTS_FILE, trace.BRIEF_SPELLS_FILE)
 _OWN_FILES = (METRICS_FILE, *_SEALED_FILES, RUN_FILE)  # what makes it a run is deleted last
+_LEFT_OVER = (LOCK_FILE, *(f".{name}.tmp" for name in _OWN_FILES))
+"""What a kill leaves where a run was about to be created."""
 _LOCK_ATTEMPTS = 10
 
 
@@ -58,14 +62,16 @@ class RunDirectory:
         self._metrics = ""
 
     @classmethod
-    def create(cls, path: Path, *, force: bool = False) -> Self:
+    def create(cls, path: Path, *, force: bool = False, info: dict[str, Any] | None = None) -> Self:
         """Create the directory; with `force`, delete the run that it holds, and only that.
+
+        info: run.json's first entries, written at once: at a kill it is no run, or has them.
 
         Raises RunDirectoryError when it holds a run, or anything else, already.
         """
         check_vacant(path, force=force)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(path)
             storage.check_no_links(path)
             directory = cls(path)
             directory.lock()
@@ -74,7 +80,7 @@ class RunDirectory:
                     shutil.rmtree(path / name)
             for name in _OWN_FILES:
                 (path / name).unlink(missing_ok=True)
-            directory.update({"created": now()})
+            directory.update({"created": now(), **(info or {})})
         except OSError as error:
             raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
         return directory
@@ -119,10 +125,12 @@ class RunDirectory:
         for name in _SEALED_FILES:
             if (self.path / name).exists():
                 storage.remove(self.path / name)  # made from parts that are still there
-        for name in _TRACE_FOLDERS:
+        # In the order opposite to writing: at a kill no event is of an iteration that is not there.
+        for name in reversed(_TRACE_FOLDERS):
             trace.rewind(self.path / name, ends[name], aside / name)
         for path in sorted((self.path / FEATURE_MAPS_FOLDER).glob("iteration-*.npz")):
-            if int(path.name.split("-")[1]) >= iterations:
+            match = FEATURE_MAPS_NAME.fullmatch(path.name)
+            if match and int(match[1]) >= iterations:
                 storage.move(path, aside / FEATURE_MAPS_FOLDER)
         for path in self.path.glob("**/.*.tmp"):
             storage.remove(path)
@@ -190,7 +198,7 @@ class RunDirectory:
         if not self._metrics:
             writer.writeheader()
         writer.writerow(values)
-        before = [self._metrics_fingerprint()] if self._metrics else []
+        before = [self._metrics_fingerprint()]
         self._metrics += buffer.getvalue()
         digests = {METRICS_FILE: [self._metrics_fingerprint(), *before]}
         # The new content's fingerprint first: at a kill in between, the old content is still right.
@@ -245,7 +253,7 @@ def check_vacant(path: Path, *, force: bool = False) -> None:
     try:
         if path.exists() and not path.is_dir():
             raise RunDirectoryError(f"{path}: is a file; name a directory for the run")
-        if not path.exists() or all(entry.name == LOCK_FILE for entry in path.iterdir()):
+        if not path.exists() or all(entry.name in _LEFT_OVER for entry in path.iterdir()):
             return
     except OSError as error:
         raise RunDirectoryError(f"{path}: cannot be used: {error.strerror}") from None
@@ -276,5 +284,5 @@ def _keep(data: bytes, folder: Path, stem: str, suffix: str) -> None:
 
 
 def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(folder)
     return folder

@@ -26,7 +26,9 @@ SCALARS = (
     "clip_coefficient",
 )
 STORED_ROWS = 2048
-"""A thinned run stays at about this many stored rows of norms."""
+"""Norms of so many iterations are stored, all of them, before they are thinned."""
+_THINNED_ROWS = 1600
+"""A thinned run keeps at most so many stored rows: its extremes make them three times as large."""
 
 Floats = NDArray[np.float32]
 
@@ -65,6 +67,11 @@ class LayerSlices:
         """Yield (name, slice) for each layer."""
         for index, name in enumerate(self.names):
             yield name, slice(self.offsets[index], self.offsets[index + 1])
+
+
+def default_record_every(iterations: int) -> int:
+    """Return how often to store norms in a run of so many iterations."""
+    return 1 if iterations <= STORED_ROWS else math.ceil(iterations / _THINNED_ROWS)
 
 
 def stored_mask(iterations: NDArray[np.int64], record_every: int | None) -> NDArray[np.bool_]:
@@ -161,7 +168,7 @@ class TraceEncoder:
         self._steps = trace.PartWriter(directory / trace.ITERATIONS_FOLDER)
         self._events = trace.PartWriter(directory / trace.EVENTS_FOLDER)
         self._brief_folder = directory / trace.BRIEF_SPELLS_FOLDER
-        self._brief_folder.mkdir(exist_ok=True)
+        storage.make_folder(self._brief_folder)
         self._brief_written = 0
         self._event_count = 0
         self._windows: dict[str, _Windows] = {}
@@ -322,10 +329,11 @@ class TraceEncoder:
 
     def _count_by_layer(self, state: NDArray[np.bool_]) -> NDArray[np.int32]:
         """Count, from (T, F), in how many of each layer's filters it holds, (T, L)."""
-        counts = np.zeros((len(state), len(self.layers.names)), dtype=np.int32)
-        time, index = np.nonzero(state)
-        np.add.at(counts, (time, self._layer_of[index]), 1)
-        return counts
+        time, index = np.divmod(np.flatnonzero(state), state.shape[1])
+        shape = (len(state), len(self.layers.names))
+        cells = np.ravel_multi_index((time, self._layer_of[index]), shape)
+        counts = np.bincount(cells, minlength=math.prod(shape)).reshape(shape)
+        return counts.astype(np.int32)
 
     def _add_norms(self, block: Block, numbers: NDArray[np.int64]) -> None:
         quantities = {

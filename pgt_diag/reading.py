@@ -8,26 +8,35 @@ import fcntl
 import io
 import math
 import os
-import re
 import typing
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgt_diag import storage
-from pgt_diag.directory import LOCK_FILE, MAX_RUN_FILE_BYTES, RUN_FILE, SCHEMA_VERSION, open_info
+from pgt_diag.directory import (
+    FEATURE_MAPS_NAME,
+    LOCK_FILE,
+    MAX_RUN_FILE_BYTES,
+    RUN_FILE,
+    SCHEMA_VERSION,
+    open_info,
+)
 from pgt_diag.errors import RunDirectoryError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Ending = Literal["finished", "interrupted", "diverged", "failed"]
 Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
-_FEATURE_MAPS = re.compile(r"iteration-\d{12}-([0-9a-f]{16})\.npz")
 _MAX_MAPS_BYTES = 1 << 30
-_MAX_LAYERS, _MAX_FILTERS = 10_000, 1 << 20
+_MAX_LAYERS, _MAX_FILTERS = 4_096, 1 << 20
 MAX_COUNT = 1 << 48
 
 
@@ -66,6 +75,12 @@ def read_info(path: Path) -> dict[str, Any]:
         raise RunDirectoryError(f"{path}: no run here ({RUN_FILE} is missing)") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunDirectoryError(f"{file}: damaged or unreadable: {error}") from None
+    check_info(info, file)
+    return info
+
+
+def check_info(info: dict[str, Any], file: Path) -> None:
+    """Raise RunDirectoryError, naming the file, unless pgt-diag can use these entries."""
     version = info.get("schema_version")
     if version != SCHEMA_VERSION:
         raise RunDirectoryError(
@@ -79,7 +94,23 @@ def read_info(path: Path) -> dict[str, Any]:
             raise RunDirectoryError(f"{file}: '{key}' is {str(value)[:100]!r}, which it cannot be")
     if info.get("status") not in (None, *typing.get_args(Status)):
         raise RunDirectoryError(f"{file}: 'status' is {info['status']!r}, which it cannot be")
-    return info
+    overhead = info.get("overhead") or {}
+    if overhead and not all(is_amount(overhead.get(key)) for key in _OVERHEAD):
+        raise RunDirectoryError(f"{file}: 'overhead' does not say how many seconds")
+
+
+_OVERHEAD = ("recorder_seconds", "training_seconds")
+
+
+def is_amount(value: object) -> bool:
+    """Whether this is a finite number that is not negative."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value < MAX_COUNT  # type: ignore[operator]
+
+
+def is_count(value: object) -> bool:
+    """Whether this can be how many of something there are."""
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 _INFO_TYPES: dict[str, tuple[type, ...]] = {
@@ -132,6 +163,47 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
     return layers
 
 
+def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":
+    """Return metrics.csv, those columns that reports calculate with being numbers.
+
+    Raises RunDirectoryError, naming the file.
+    """
+    import pandas as pd
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+    if data.partition(b"\n")[0].count(b",") >= _MAX_METRICS:
+        raise RunDirectoryError(f"{path}: has more than {_MAX_METRICS:,} columns")
+    try:
+        table = pd.read_csv(io.BytesIO(data))
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()  # resumed from before the end of the first epoch
+    except (ValueError, OSError, OverflowError) as error:
+        raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+    for name in _METRICS:
+        if name not in table:
+            continue
+        column = table[name]
+        if column.isna().all():
+            table[name] = math.nan
+        elif not is_numeric_dtype(column) or is_bool_dtype(column):
+            raise RunDirectoryError(f"{path}: column {name} is not one of numbers")
+    if "epoch" in table and not table["epoch"].between(0, MAX_COUNT).all():
+        raise RunDirectoryError(f"{path}: column epoch does not count epochs")
+    return table
+
+
+_MAX_METRICS = 1_000
+_METRICS = (
+    "epoch",
+    "iteration",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "images_per_second",
+)
+
+
 def is_locked(path: Path) -> bool:
     """Whether a process writes here; where the file system cannot tell, it is taken to."""
     try:
@@ -150,6 +222,8 @@ def is_locked(path: Path) -> bool:
 
 def check_columns(table: pa.Table, folder: Path) -> None:
     """Raise unless every column is one that a trace has."""
+    if len(set(table.column_names)) < table.num_columns:
+        raise RunDirectoryError(f"{folder}: a part has the same column twice")
     for field in table.schema:
         nested = pa.types.is_fixed_size_list(field.type)
         kind = field.type.value_type if nested else field.type
@@ -168,14 +242,30 @@ def read_feature_maps(path: Path) -> FeatureMaps:
         return _decode_feature_maps(path)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
 
 
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    SyntaxError,
+    RecursionError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What NumPy and zipfile raise for a file that somebody made up."""
+
+
 def _decode_feature_maps(path: Path) -> FeatureMaps:
-    match = _FEATURE_MAPS.fullmatch(path.name)
+    match = FEATURE_MAPS_NAME.fullmatch(path.name)
     data = storage.read(path, _MAX_MAPS_BYTES)
-    if match is None or storage.fingerprint(data) != match[1]:
+    if match is None or storage.fingerprint(data) != match[2]:
         raise ValueError("its content is not what was written")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         _check_npz(file)
@@ -192,6 +282,8 @@ def _decode_feature_maps(path: Path) -> FeatureMaps:
         raise ValueError("maps, images and labels do not belong together")
     if maps.maps.dtype != np.float32 or maps.images.dtype != np.uint8:
         raise ValueError("not float32 maps of uint8 images")
+    if not 0 <= maps.iteration < MAX_COUNT or min(*maps.maps.shape, *maps.images.shape) < 1:
+        raise ValueError("there is nothing in it, or its iteration cannot be")
     return maps
 
 

@@ -429,7 +429,7 @@ class FilterRecorder:
         self._seconds = float(resume["seconds"])
         self._earlier_seconds = float(resume["training_seconds"])
         if resume["encoder"] is not None:
-            self._start_writer(resume["encoder"])
+            self._start_writer(_with_arrays(resume["encoder"]))
 
     @torch.no_grad()
     def _before_step(
@@ -563,4 +563,15 @@ def _with_tensors(value: Any) -> Any:
         return {key: _with_tensors(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_with_tensors(entry) for entry in value]
+    return value
+
+
+def _with_arrays(value: Any) -> Any:
+    """Return what `_with_tensors` was given."""
+    if isinstance(value, Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: _with_arrays(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_with_arrays(entry) for entry in value]
     return value

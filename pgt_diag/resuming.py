@@ -1,14 +1,16 @@
 """Where a run can go on: the newest intact checkpoint whose trace is intact as well."""
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgt_diag import checkpoint, trace
+from pgt_diag import checkpoint, storage, trace
 from pgt_diag.config import RunConfig
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
-from pgt_diag.reading import is_locked
+from pgt_diag.reading import check_info, is_amount, is_count, is_locked, read_layers
 from pgt_diag.run import load_run
 
 
@@ -65,6 +67,7 @@ def resume_point(directory: Path) -> ResumePoint:
             continue
         try:
             config = _config(path, state)
+            _check_state(path, state)
             _check_trace(directory, path, state)
         except RunDirectoryError as error:
             damaged.append(str(error))
@@ -91,6 +94,71 @@ def _config(path: Path, state: Mapping[str, Any]) -> RunConfig:
         raise RunDirectoryError(str(error)) from None
 
 
+def _check_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Raise RunDirectoryError for what training and recording would stumble over later.
+
+    Whether weights and momentum fit the model is seen when they are loaded.
+    """
+    try:
+        recorder, position = state["recorder"], state["position"]
+        _check_recorder(path, recorder)
+        counts = (recorder["steps"], position["epoch"], position["batch"])
+        amounts = (recorder["seconds"], recorder["training_seconds"], *state["meter"].values())
+        if not all(map(is_count, counts)) or not all(map(is_amount, amounts)):
+            raise ValueError("a count or a time cannot be")  # noqa: TRY301
+        if tuple(position["sums"].shape) != (2,):
+            raise ValueError("the sums are not two")  # noqa: TRY301
+    except (*_ODD, RunDirectoryError) as error:
+        raise RunDirectoryError(f"{path}: is no checkpoint of pgt-diag: {error!r}") from None
+
+
+_ODD = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What entries of the wrong kind raise."""
+_QUANTITIES = ("weight_norm", "gradient_norm", "clip_factor", "gap_norm")
+
+
+def _check_recorder(path: Path, recorder: Mapping[str, Any]) -> None:
+    info = json.loads(recorder["directory"]["info"])
+    check_info(info, path)
+    read_layers(path, info.get("layers"))
+    environment, amp = info["environment"], info["amp"]
+    resumed, replaced = info.get("resumed_from") or [], info.get("bad_images") or []
+    if not isinstance(environment, dict) or not isinstance(amp, str):
+        raise TypeError("the environment is not told")
+    if not all(map(is_count, resumed)) or not all(isinstance(each["path"], str) for each in replaced):
+        raise TypeError("its resumptions or bad images are not listed")
+    if not isinstance(recorder["directory"]["metrics"], str):
+        raise TypeError("its metrics are no text")
+    encoder = recorder["encoder"]
+    if encoder is None:
+        return
+    names = ("iterations", "event_count", "stored_count", "dead_filters")
+    counts = [*(encoder[name] for name in names), encoder["last_stored"] + 1]
+    if not all(map(is_count, counts)) or encoder["iterations"] > recorder["steps"]:
+        raise ValueError("its counts cannot be")
+    if encoder["spells"]["next_iteration"] != encoder["iterations"]:
+        raise ValueError("its spells are of another iteration")
+    if len(encoder["latest"]) != 2 or not all(isinstance(x, float) for x in encoder["latest"]):
+        raise ValueError("its loss and accuracy are no numbers")
+    filters = recorder["layers"][-1][1]
+    widths = {name: math.prod(values.shape) for name, values in encoder["last"].items()}
+    for name, width in widths.items():
+        if name not in _QUANTITIES or (width != filters and name != "gap_norm"):
+            raise ValueError(f"its rows of {name} are not of {filters} filters")
+    for name, window in encoder["windows"].items():
+        if [tuple(each.shape) for each in window] != [(widths[name],)] * 2:
+            raise ValueError(f"its window of {name} is not of that many")
+
+
 def _check_trace(directory: Path, path: Path, state: Mapping[str, Any]) -> None:
     """Raise RunDirectoryError unless what was recorded before a checkpoint is there, undamaged."""
     try:
@@ -99,7 +167,7 @@ def _check_trace(directory: Path, path: Path, state: Mapping[str, Any]) -> None:
             return
         iterations, events = int(encoder["iterations"]), int(encoder["event_count"])
         stored, last_stored = int(encoder["stored_count"]), int(encoder["last_stored"])
-    except (KeyError, TypeError, ValueError) as error:
+    except _ODD as error:
         raise RunDirectoryError(f"{path}: is no checkpoint of pgt-diag: {error!r}") from None
     for name, end in ((trace.ITERATIONS_FOLDER, iterations), (trace.EVENTS_FOLDER, events)):
         reached = 0
@@ -118,6 +186,7 @@ def _check_trace(directory: Path, path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _parts_before(folder: Path, end: int) -> list[trace.Part]:
+    storage.check_no_link(folder)
     found = [part for part in trace.parts(folder) if part.first < end]
     for part in found:
         part.verify()

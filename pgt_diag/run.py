@@ -18,7 +18,6 @@ Every file's content is checked against its SHA-256, which is in its name, in ru
 run.json) in itself.
 """
 
-import io
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +42,7 @@ from pgt_diag.reading import (
     read_feature_maps,
     read_info,
     read_layers,
+    read_metrics,
 )
 
 if TYPE_CHECKING:
@@ -97,10 +97,7 @@ class Run:
             return pd.DataFrame()
         path = self.path / METRICS_FILE
         data = self._vouched_for(METRICS_FILE, lambda: storage.read(path, MAX_METRICS_BYTES))
-        try:
-            return pd.read_csv(io.BytesIO(data))
-        except (ValueError, OSError) as error:
-            raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+        return read_metrics(data, path)
 
     @cached_property
     def iterations(self) -> "pd.DataFrame":
@@ -175,6 +172,7 @@ class Run:
         import pandas as pd
 
         def parts() -> pa.Table:
+            storage.check_no_link(self.path / trace.EVENTS_FOLDER)
             log = trace.read_parts(self.path / trace.EVENTS_FOLDER)
             self._check_tables(log, trace.EVENT_SCHEMA, trace.EVENTS_FOLDER)
             return resolve_events(log)
@@ -182,6 +180,7 @@ class Run:
         table = self._sealed_table(trace.EVENTS_FILE, parts)
         self._check_tables([table], trace.EVENT_SCHEMA, trace.EVENTS_FILE)
         self._check_filters(table, trace.EVENTS_FILE)
+        self._check_spells(table)
         frame: pd.DataFrame = table.to_pandas()
         frame["end_iteration"] = pd.array(table["end_iteration"].to_pylist(), dtype="Int64")
         return frame
@@ -192,6 +191,7 @@ class Run:
         import pandas as pd
 
         folder = self.path / trace.BRIEF_SPELLS_FOLDER
+        storage.check_no_link(folder)
         empty = trace.BRIEF_SPELLS_SCHEMA.empty_table()
         table = self._sealed_table(
             trace.BRIEF_SPELLS_FILE, lambda: pa.concat_tables([empty, *trace.read_parts(folder)])
@@ -205,6 +205,7 @@ class Run:
     def feature_maps(self) -> tuple[FeatureMaps, ...]:
         """The snapshots, in order of iteration."""
         folder = self.path / FEATURE_MAPS_FOLDER
+        storage.check_no_link(folder)
         paths = sorted(folder.glob("iteration-*.npz")) if folder.is_dir() else []
         return tuple(read_feature_maps(path) for path in paths)
 
@@ -249,12 +250,28 @@ class Run:
         if not known.all():
             raise RunDirectoryError(f"{self.path / name}: names a state or filter that is not here")
 
+    def _check_spells(self, table: pa.Table) -> None:
+        """Raise RunDirectoryError unless every spell begins, and ends later if at all."""
+        start, end = table["start_iteration"], table["end_iteration"].fill_null(MAX_COUNT)
+        first, last = start.fill_null(-1).to_numpy(), end.to_numpy()
+        if ((first < 0) | (last <= first) | (last > MAX_COUNT)).any():
+            raise RunDirectoryError(f"{self.path / trace.EVENTS_FILE}: a spell cannot be")
+
     def _rows(self, folder: str, columns: list[str], *, newest: bool = False) -> list[pa.Table]:
         """Read columns of the parts in a folder; RunDirectoryError unless they fit the layers."""
+        storage.check_no_link(self.path / folder)
         tables = trace.read_parts(self.path / folder, columns, newest=newest)
         last = -1
         for table in tables:
             check_columns(table, self.path / folder)
+            for name in (*SCALARS, "iteration"):
+                flat = name in table.column_names and not pa.types.is_nested(table[name].type)
+                if name in columns and not flat:
+                    raise RunDirectoryError(f"{self.path / folder}: column {name} is missing")
+            for field in table.schema:
+                flat = field.name in (*SCALARS, "iteration")
+                if not flat and not pa.types.is_fixed_size_list(field.type):
+                    raise RunDirectoryError(f"{self.path / folder}: {field.name} has no lists")
             numbers = table["iteration"].to_numpy()
             steps = np.diff(numbers, prepend=last)
             if (steps <= 0).any() or numbers[-1:].max(initial=0) >= MAX_COUNT:

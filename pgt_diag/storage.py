@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import stat
+import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from pgt_diag.errors import RunDirectoryError, storage_error
 FINGERPRINT_LENGTH = 16
 MAX_PART_BYTES = 1 << 32
 MAX_CHECKPOINT_BYTES = 1 << 35
+_SETTLED_NS = 2_000_000_000
 _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
@@ -60,6 +62,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those it lies in, unless they are there, and put their names on disk."""
+    missing = [each for each in (folder, *folder.parents) if not each.is_dir()]
+    try:
+        for each in reversed(missing):
+            each.mkdir(exist_ok=True)
+            sync_folder(each.parent)
+    except OSError as error:
+        raise storage_error(folder, error) from error
+
+
 def remove(path: Path) -> None:
     """Delete a file that a durable one has replaced."""
     try:
@@ -70,10 +83,8 @@ def remove(path: Path) -> None:
 
 def move(path: Path, folder: Path) -> None:
     """Move a file into a folder on the same disk; a file of that name there is replaced."""
+    make_folder(folder)
     try:
-        if not folder.is_dir():
-            folder.mkdir(parents=True)
-            sync_folder(folder.parent)
         os.replace(path, folder / path.name)  # noqa: PTH105
         sync_folder(folder)
         sync_folder(path.parent)
@@ -116,15 +127,29 @@ def verify(path: Path, fingerprints: tuple[str, ...]) -> None:
 
     Raises FileNotFoundError. A file that did not change since is not read again.
     """
-    found = path.lstat()
-    actual = _fingerprint_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
-    if actual not in fingerprints:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be read: {error.strerror}") from None
+    # A second change within the clock's tick, or of the mtime, would not show in the key.
+    settled = time.time_ns() - found.st_ctime_ns > _SETTLED_NS
+    read = _fingerprint_of if settled else _fingerprint_of.__wrapped__
+    key = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if read(path, *key) not in fingerprints:
         raise damaged(path)
 
 
 def damaged(path: Path) -> RunDirectoryError:
     """Return the error that tells of a file whose checksum differs."""
     return RunDirectoryError(f"{path}: its content is not what was written (the checksum differs)")
+
+
+def check_no_link(folder: Path) -> None:
+    """Raise RunDirectoryError when a run's folder is a link: what it leads to is not the run's."""
+    if folder.is_symlink():
+        raise RunDirectoryError(f"{folder}: is a link; a run directory holds none")
 
 
 def check_no_links(directory: Path) -> None:

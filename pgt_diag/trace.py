@@ -202,11 +202,13 @@ def write_part(folder: Path, table: pa.Table, first: int, last: int) -> Part:
 def rewind(folder: Path, end: int, aside: Path) -> None:
     """Keep exactly the rows with keys below `end`; move every part that has others to `aside`.
 
-    What is kept of a part is written before the part is moved, so nothing is lost at a kill.
+    What is kept of a part is written before the part is moved, so nothing is lost at a kill; from
+    the last part to the first, so that a kill leaves no gap, and what was kept before it is made
+    again.
     Rows without a column `iteration` are numbered one by one.
     """
     kept = set(parts(folder))
-    for part in all_parts(folder):
+    for part in reversed(all_parts(folder)):
         if part in kept and part.last < end:
             continue
         if part in kept and part.first < end:
@@ -227,7 +229,7 @@ class PartWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(folder)
         self._small: list[Part] = []
         self._schema: pa.Schema | None = None
 

@@ -25,7 +25,7 @@ from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import Amp, Device, RunConfig
 from pgt_diag.data import load_data
 from pgt_diag.directory import check_vacant
-from pgt_diag.encoder import STORED_ROWS
+from pgt_diag.encoder import default_record_every
 from pgt_diag.errors import (
     ConfigurationError,
     DivergedError,
@@ -71,9 +71,7 @@ def train(
     session = _Session(config, directory, download=download)
     session.check_space(new=state is None)
     session.record(force=force, command=command, resume=resume)
-    listener = listener or Listener()
-    listener.started(session.plan(resume))
-    return session.run(listener, stop)
+    return session.run(listener or Listener(), stop, resume)
 
 
 def plan(
@@ -152,6 +150,26 @@ _CHECKPOINT_SECONDS = 300.0
 _MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 """What loading a checkpoint of another run raises."""
 _REMEDY = "try a lower lr, a longer warmup_epochs, or method gc or agc"
+
+
+EPOCH_COLUMNS = (
+    "epoch",
+    "iteration",
+    "train_loss",
+    "train_accuracy",
+    "test_loss",
+    "test_accuracy",
+    "lr",
+    "seconds",
+    "images_per_second",
+    "recorder_seconds",
+    "dead_filters",
+)
+"""The columns of metrics.csv."""
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in ("params", "lr")}
 
 
 @dataclass
@@ -261,7 +279,7 @@ class _Session:
         return 2 * weights + 200 * sum(c.out_channels for c in convolutions(self.model).values())
 
     def _record_every(self) -> int:
-        return self.config.record_every or math.ceil(self.iterations / STORED_ROWS)
+        return self.config.record_every or default_record_every(self.iterations)
 
     def record(
         self, *, force: bool, command: Sequence[str] | None, resume: ResumePoint | None
@@ -310,7 +328,7 @@ class _Session:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
         position = state["position"]
@@ -319,10 +337,27 @@ class _Session:
             batch=int(position["batch"]),
             sums=position["sums"].to(self.position.sums),
         )
+        done = self.position.epoch * self.data.batches_per_epoch + self.position.batch
+        if done != state["recorder"]["steps"] or self.position.epoch > self.config.epochs:
+            raise ValueError(f"it is not of step {state['recorder']['steps']}")
+        metrics = str(state["recorder"]["directory"]["metrics"])
+        if metrics and metrics.partition("\n")[0].split(",") != list(EPOCH_COLUMNS):
+            raise ValueError("its metrics have other columns")
         # Nothing from here to the first iteration may draw from these.
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+
+    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+        """Load its state; ValueError for one that a step would fail with, or train otherwise."""
+        options = [_options(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(dict(state))
+        if [_options(group) for group in self.optimizer.param_groups] != options:
+            raise ValueError("its optimizer has other options")
+        for parameter, buffers in self.optimizer.state.items():
+            momentum = buffers.get("momentum_buffer")
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError("its momentum is of other weights")
 
     def _save_checkpoint(self, kept: int = KEPT) -> None:
         recorder = self.recorder.state_dict()
@@ -359,10 +394,11 @@ class _Session:
         if stopping:
             raise KeyboardInterrupt
 
-    def run(self, listener: Listener, stop: Callable[[], bool]) -> Path:
+    def run(self, listener: Listener, stop: Callable[[], bool], resume: ResumePoint | None) -> Path:
         status: Ending = "failed"
         message: str | None = None
         try:
+            listener.started(self.plan(resume))
             self._run_epochs(listener, stop)
             status = "finished"
         except KeyboardInterrupt:
@@ -451,19 +487,20 @@ class _Session:
                     f"the test loss is NaN or infinite after iteration {last}; iterations 0 to "
                     f"{last} are recorded in {self.directory}; {_REMEDY}"
                 )
-            row = {
-                "epoch": position.epoch,
-                "iteration": self.recorder.iterations,
-                "train_loss": metrics.loss,
-                "train_accuracy": metrics.accuracy,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "seconds": metrics.seconds,
-                "images_per_second": metrics.images_per_second,
-                "recorder_seconds": metrics.recorder_seconds,
-                "dead_filters": self.recorder.dead_filters,
-            }
+            values = (
+                position.epoch,
+                self.recorder.iterations,
+                metrics.loss,
+                metrics.accuracy,
+                test_loss,
+                test_accuracy,
+                self.optimizer.param_groups[0]["lr"],
+                metrics.seconds,
+                metrics.images_per_second,
+                metrics.recorder_seconds,
+                self.recorder.dead_filters,
+            )
+            row = dict(zip(EPOCH_COLUMNS, values, strict=True))
             self.recorder.log_epoch(row)
             position.next_epoch()
             listener.finished_epoch(row)

@@ -170,7 +170,7 @@ def _shrunk(maps: np.ndarray, side: int) -> np.ndarray:
         return maps
     channels, height, width = maps.shape
     rows, columns = max(1, height // factor), max(1, width // factor)
-    cut = maps[:, : rows * factor, : columns * factor] if min(height, width) >= factor else maps
+    cut = maps[:, : rows * factor, : columns * factor]
     return np.asarray(
         cut.reshape(channels, rows, cut.shape[1] // rows, columns, cut.shape[2] // columns).mean(
             axis=(2, 4)

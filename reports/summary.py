@@ -146,7 +146,7 @@ class RunSummary:
             return None
         best = metrics.iloc[int(np.nanargmax(metrics["test_accuracy"].to_numpy(np.float64)))]
         train = float(best["train_accuracy"]) if "train_accuracy" in metrics else math.nan
-        return Accuracy(train, float(best["test_accuracy"]), int(best["epoch"]) + 1)
+        return Accuracy(train, float(best["test_accuracy"]), int(best.get("epoch", best.name)) + 1)
 
     def budget_since(self, iteration: int) -> float | None:
         """Return Σ lr·wd/(1−μ) from an iteration to the end; None when it is not known."""

@@ -6,28 +6,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from pgt_diag.config import Method
+from pgt_diag.paper import TABLE_2
 from reports.source import Run
 from reports.summary import RunSummary, summarise
 from reports.text import METHOD_NAMES, join
 
-_PAPER_ROWS = (
-    (1024, Method.BASELINE, math.nan, 66.27, 64.816),
-    (1024, Method.PGT, 0.92, 66.62, 65.498),
-    (512, Method.BASELINE, math.nan, 68.02, 66.552),
-    (512, Method.PGT, 0.25, 69.5, 67.236),
-    (256, Method.BASELINE, math.nan, 68.86, 66.796),
-    (256, Method.GC, math.nan, 69.04, 67.064),
-    (256, Method.AGC, math.nan, 69.06, 67.298),
-    (256, Method.PGT, 0.25, 69.97, 67.814),
-    (256, Method.GC_PGT, 0.25, 68.67, 67.088),
-    (256, Method.AGC_PGT, 0.25, 70.92, 68.856),
-)
-
 
 def _paper_table() -> pd.DataFrame:
     table = pd.DataFrame(
-        _PAPER_ROWS,
+        TABLE_2,
         columns=["batch_size", "method", "alpha", "train_accuracy", "test_accuracy"],
     )
     table["method"] = [str(method) for method in table["method"]]
@@ -152,7 +139,7 @@ def table2(runs: Sequence[Run]) -> pd.DataFrame:
     out or differs besides the method. Rows with `runs` 0 are cells of the paper that these
     runs do not have. `best_*` marks the best of each setting and batch size.
     """
-    table = runs_table(summarise(runs))
+    table = _with_lr_rule(runs_table(summarise(runs)))
     ours = [_cell(key, group) for key, group in _cells(table)]
     have = {(row["batch_size"], row["method"]) for row in ours}
     missing: list[dict[str, object]] = [
@@ -191,6 +178,31 @@ def _setting(run: Run) -> str:
         if key not in ("model", "dataset", "epochs") and values[key] not in (None, "auto", "none")
     ]
     return ", ".join(str(value) for value in shown)
+
+
+def _with_lr_rule(table: pd.DataFrame) -> pd.DataFrame:
+    """Add to each setting of several batch sizes how their learning rates are related."""
+    if table.empty:
+        return table
+    place = RECIPE_KEYS.index("lr")
+    for setting, group in table[table["recipe"].map(len) > 0].groupby("setting"):
+        rates: dict[int, set[float]] = {}
+        for size, recipe in zip(group["batch_size"], group["recipe"], strict=True):
+            rates.setdefault(int(size), set()).add(float(recipe[place]))
+        # Where runs of one batch size differ, each row says its own rate.
+        if len(rates) > 1 and all(len(each) == 1 for each in rates.values()):
+            by_size = {size: min(rates[size]) for size in sorted(rates)}
+            table.loc[group.index, "setting"] = f"{setting}, {_lr_rule(by_size)}"
+    return table
+
+
+def _lr_rule(rates: dict[int, float]) -> str:
+    first = next(iter(rates))
+    if len(set(rates.values())) == 1:
+        return f"lr {rates[first]:g} at every batch size (constant)"
+    shown = ", ".join(f"{lr:g} at {size}" for size, lr in rates.items())
+    linear = all(math.isclose(lr * first, rates[first] * size) for size, lr in rates.items())
+    return f"lr {shown}" + (" (linear in the batch size)" if linear else "")
 
 
 def _cells(table: pd.DataFrame) -> list[tuple[dict[str, object], pd.DataFrame]]:

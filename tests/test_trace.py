@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pgt_diag.encoder import STORED_ROWS, stored_mask
+from pgt_diag.encoder import STORED_ROWS, default_record_every, stored_mask
 from pgt_diag.errors import RunDirectoryError
 from pgt_diag.trace import (
     ROW_GROUP,
@@ -122,4 +122,9 @@ def test_a_run_of_unknown_length_keeps_a_few_thousand_rows() -> None:
     kept = stored_mask(iterations, None)
     assert kept[: 2 * STORED_ROWS].all()
     assert kept.sum() < 10 * STORED_ROWS
-    assert stored_mask(iterations, 245).sum() == pytest.approx(STORED_ROWS, rel=0.01)
+
+
+@pytest.mark.parametrize("iterations", [1, 2048, 2049, 4096, 10_000, 500_000])
+def test_a_run_of_known_length_keeps_all_rows_or_well_over_a_thousand(iterations: int) -> None:
+    kept = stored_mask(np.arange(iterations), default_record_every(iterations)).sum()
+    assert min(iterations, 1000) <= kept <= STORED_ROWS
