@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 import pgt_diag
-from commands import check, doctor, report, show, train, watch
+from commands import bench, check, doctor, report, show, train, watch
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.text import printable
 
@@ -17,7 +17,9 @@ USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 EPILOG = """\b
 Examples:
   pgt-diag train --method pgt --run-dir runs/pgt    a minute on embedded digits
+  pgt-diag train --run-dir runs/pgt --resume        go on after a crash
   pgt-diag report runs --open                       one HTML file, in the browser
+  pgt-diag doctor                                   is this machine ready?
   pgt-diag train --help                             every option, with examples
 """
 
@@ -43,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
-for command in (report, show, watch, check, doctor):
+for command in (report, show, watch, check, doctor, bench):
     app.command(epilog=command.EPILOG)(getattr(command, command.__name__.rpartition(".")[2]))
 
 
@@ -73,6 +75,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except USAGE_ERROR as error:
         return _fail(error.format_message(), 2)
+    except OSError as error:
+        # A path that the system refuses, wherever it is first touched.
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 3)
+    except MemoryError:
+        return _fail("out of memory", 3)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return int(code or 0)

@@ -376,7 +376,8 @@ def check_digits() -> Finding:
     found = _read(DatasetName.DIGITS)
     if isinstance(found, str):
         return ok(found)
-    return problem(str(found), "python -m pip install --force-reinstall scikit-learn")
+    reason, _, remedy = str(found).removeprefix("digits: ").partition("; ")
+    return problem(reason, remedy or "python -m pip install --force-reinstall scikit-learn")
 
 
 def check_fashion_mnist() -> Finding:

@@ -68,7 +68,7 @@ def power_grad_cross_entropy(
             label_smoothing=label_smoothing,
         )
     else:
-        # float32 powers would double what cross_entropy keeps for half-precision logits, and the
+        # A float32 tensor would double what cross_entropy keeps for half-precision logits, and the
         # gradient of target probabilities needs log p: these recompute from the logits in backward.
         keep_logits = half_precision or target.requires_grad
         options = _Options(alpha, ignore_index, reduction, label_smoothing, dtype, keep_logits)
@@ -191,8 +191,8 @@ class _Options(NamedTuple):
 class _PowerGradCrossEntropy(torch.autograd.Function):
     """Cross-entropy whose backward has p' where its own has p.
 
-    The second output, p^α up to a factor per example, exists to be kept for backward. Being an
-    output it also makes the double backward right (see `backward`).
+    The second output, log2 p^α, exists to be kept for backward. Being an output it also makes the
+    double backward right (see `backward`).
     """
 
     @staticmethod
@@ -204,36 +204,45 @@ class _PowerGradCrossEntropy(torch.autograd.Function):
             loss = _loss_for_probabilities(log_p, target, weight, options)
         else:
             loss = _loss_for_indices(log_p, target, weight, options)
-        powers = None if options.keep_logits else _powers_(log_p, options.alpha)
-        ctx.save_for_backward(logits if powers is None else powers, target, weight)
+        exponents = None if options.keep_logits else _exponents_(log_p, options.alpha)
+        ctx.save_for_backward(logits if exponents is None else exponents, target, weight)
         ctx.set_materialize_grads(False)
         ctx.logits_dtype = logits.dtype
         ctx.options = options
-        return loss, powers
+        return loss, exponents
 
     @staticmethod
     def backward(
-        ctx: Any, grad_loss: Tensor | None, grad_powers: Tensor | None
+        ctx: Any, grad_loss: Tensor | None, grad_exponents: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         kept, target, weight = ctx.saved_tensors
         options: _Options = ctx.options
-        powers = kept
+        exponents = kept
         if options.keep_logits:
             log_p = F.log_softmax(kept, _class_dim(kept), dtype=options.dtype)
-            powers = _powers_(log_p.clone(), options.alpha)
+            exponents = _exponents_(log_p.clone(), options.alpha)
 
         grad_logits = grad_target = None
-        if grad_loss is not None and target.shape != kept.shape:
-            grad_logits = _gradient_for_indices(powers, target, weight, grad_loss, options)
-        elif grad_loss is not None:
-            grad_logits = _gradient_for_probabilities(powers, target, weight, grad_loss, options)
+        if grad_loss is not None:
+            # p^α needs no shift by its maximum: p ≥ 1/C for some class, so Σ p^α is at least 1 and
+            # each p^α at most 1. Only here, so that the gradient can take the powers' place: one
+            # pass over memory less. 2^x, because torch's exp is three times slower on some CPUs.
+            powers = exponents.exp2()
+            if target.shape != kept.shape:
+                grad_logits = _gradient_for_indices(powers, target, weight, grad_loss, options)
+            else:
+                grad_logits = _gradient_for_probabilities(
+                    powers, target, weight, grad_loss, options
+                )
             if ctx.needs_input_grad[1]:
                 grad_target = _target_gradient(log_p, weight, grad_loss, options).to(target.dtype)
-        # Differentiating the gradient once more arrives here. It depends on the powers only through
-        # p', which no factor per example can change, so ∂(p^α)/∂z may be taken as α·p^α.
-        if grad_powers is not None:
-            through_powers = options.alpha * powers * grad_powers
-            grad_logits = through_powers if grad_logits is None else grad_logits + through_powers
+        # Differentiating the gradient once more arrives here. It depends on the exponents only
+        # through p', which no summand per example can change, so they may be taken as α·log2(e)·z.
+        if grad_exponents is not None:
+            through_exponents = (options.alpha * _LOG2_E) * grad_exponents
+            grad_logits = (
+                through_exponents if grad_logits is None else grad_logits + through_exponents
+            )
         if grad_logits is not None:
             grad_logits = grad_logits.to(ctx.logits_dtype)
         return grad_logits, grad_target, None, None
@@ -272,26 +281,28 @@ def _gradient_for_indices(
 ) -> Tensor:
     """Return the gradient at the logits where the target is class indices.
 
-    Shapes: powers (N, C, …), p^α up to a factor per example; target (N, …); weight (C); grad_loss
-        () or (N, …); returns (N, C, …).
+    Shapes: powers (N, C, …), p^α, overwritten unless grad mode is on; target (N, …); weight (C);
+        grad_loss () or (N, …); returns (N, C, …).
     """
     dim = _class_dim(powers)
-    ignored = target == options.ignore_index
-    index = target.long().masked_fill(ignored, 0).unsqueeze(dim)
+    counted = target != options.ignore_index
+    index = (target.long() * counted).unsqueeze(dim)
     scale = grad_loss
-    if options.reduction == "mean":
+    if options.reduction == "mean" and weight is None:
+        scale = grad_loss / counted.sum(dtype=grad_loss.dtype)
+    elif options.reduction == "mean":
         scale = grad_loss / _target_weight(target, weight, options).sum()
     # `where`, since a batch that is ignored altogether has just divided by 0: its gradient is 0.
-    scale = torch.where(ignored, 0.0, scale).unsqueeze(dim)
+    scale = torch.where(counted, scale, 0.0).unsqueeze(dim)
 
     hit = scale if weight is None else scale * weight[index]
     if options.smoothing == 0:
-        grad = powers * (hit / powers.sum(dim, keepdim=True))
+        grad = _scaled(powers, hit / powers.sum(dim, keepdim=True))
         return grad.scatter_add_(dim, index, -hit)
     hit = hit * (1 - options.smoothing)
     share = scale * (options.smoothing / powers.shape[dim])
     classes = powers.shape[dim] if weight is None else weight.sum()
-    grad = powers * ((hit + share * classes) / powers.sum(dim, keepdim=True))
+    grad = _scaled(powers, (hit + share * classes) / powers.sum(dim, keepdim=True))
     grad.scatter_add_(dim, index, -hit)
     return grad.sub_(share if weight is None else share * _per_class(weight, powers))
 
@@ -301,13 +312,13 @@ def _gradient_for_probabilities(
 ) -> Tensor:
     """Return the gradient at the logits where the target is class probabilities.
 
-    Shapes: powers (N, C, …), p^α up to a factor per example; target (N, C, …); weight (C);
+    Shapes: powers (N, C, …), p^α, overwritten unless grad mode is on; target (N, C, …); weight (C);
         grad_loss () or (N, …); returns (N, C, …).
     """
     dim = _class_dim(powers)
     q = _weighted_probabilities(target, weight, options)
     scale = _probability_scale(powers, grad_loss, options)
-    grad = powers * (scale * q.sum(dim, keepdim=True) / powers.sum(dim, keepdim=True))
+    grad = _scaled(powers, scale * q.sum(dim, keepdim=True) / powers.sum(dim, keepdim=True))
     return grad.addcmul_(q, scale, value=-1)
 
 
@@ -355,15 +366,18 @@ def _per_class(weight: Tensor, logits: Tensor) -> Tensor:
     return weight.view(-1, *(1 for _ in range(logits.ndim - 2)))
 
 
-def _powers_(log_p: Tensor, alpha: float) -> Tensor:
-    """Turn log p into p^α, in place."""
+def _exponents_(log_p: Tensor, alpha: float) -> Tensor:
+    """Turn log p into log2 p^α, in place."""
     # 0·(−inf) is NaN where 0^0 has to be 1 (Prop. 1), also for an α that underflows to 0. Every
     # finite log p gives 1 there, so any finite floor will do.
     if alpha < torch.finfo(log_p.dtype).tiny:
         log_p.clamp_(min=-1.0)
-    # 2^x, because torch's exp is three times slower than its exp2 on some CPUs. p^α needs no
-    # shift by its maximum: p ≥ 1/C for some class, so Σ p^α is at least 1 and each p^α at most 1.
-    return log_p.mul_(alpha * _LOG2_E).exp2_()
+    return log_p.mul_(alpha * _LOG2_E)
+
+
+def _scaled(powers: Tensor, factor: Tensor) -> Tensor:
+    """Return powers·factor, in place unless the product is to be differentiated."""
+    return powers * factor if torch.is_grad_enabled() else powers.mul_(factor)
 
 
 def _result_and_compute_dtype(logits: Tensor, target: Tensor) -> tuple[torch.dtype, torch.dtype]:

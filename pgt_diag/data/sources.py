@@ -1,6 +1,7 @@
 """The small data sets: scikit-learn's digits, IDX files, torchvision's CIFAR, and made-up ones."""
 
 import gzip
+import importlib.util
 import math
 import os
 import struct
@@ -30,6 +31,8 @@ _IDX_NAMES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+_DIGITS = 10
+_DIGITS_SHAPE = (1797, 65)  # 64 pixels and the label
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this
 _SYNTHETIC_SIZE = 32
 
@@ -71,22 +74,22 @@ def read_digits() -> RawImages:
     Every fifth image of each class, in the set's own order, is for testing: the same split in
     every run, whatever its seed. Gray levels 0…16 become 0…255.
 
+    Raises DataError when scikit-learn's file is missing or damaged.
+
     Source: UCI "Optical Recognition of Handwritten Digits", as in sklearn.datasets.load_digits.
     """
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    target = torch.from_numpy(digits.target).long()
+    table = _read_digits_table(_digits_file())
+    levels, target = table[:, :-1].double(), table[:, -1]
+    images = (levels * (255 / 16)).round().to(torch.uint8).view(-1, 1, 8, 8)
     is_test = torch.zeros(len(target), dtype=torch.bool)
-    for label in range(len(digits.target_names)):
+    for label in range(_DIGITS):
         is_test[(target == label).nonzero()[2::5]] = True
     return RawImages(
         images[~is_test],
         target[~is_test],
         images[is_test],
         target[is_test],
-        classes=tuple(str(name) for name in digits.target_names),
+        classes=tuple(map(str, range(_DIGITS))),
         split="every fifth image of each class is for testing",
         source="sklearn.datasets.load_digits",
     )
@@ -189,6 +192,33 @@ def make_synthetic(config: RunConfig) -> RawImages:
         split="a quarter as many test images as training images",
         source="made up by pgt-diag",
     )
+
+
+def _digits_file() -> Path:
+    # Importing scikit-learn takes longer than all else until the first step; nothing of it but
+    # this file is needed, and finding the package does not run it.
+    package = importlib.util.find_spec("sklearn")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return file
+    raise DataError(
+        "digits: scikit-learn, which holds them in datasets/data/digits.csv.gz, is not installed "
+        "whole; python -m pip install --force-reinstall scikit-learn"
+    )
+
+
+def _read_digits_table(path: Path) -> Tensor:
+    """Read 64 gray levels and the label of each digit, (1797, 65) int64."""
+    try:
+        with gzip.open(path, "rt", encoding="ascii") as stream:
+            rows = [line.split(",") for line in stream]
+        table = np.array(rows, dtype=np.float64).astype(np.int64)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as scikit-learn's digits: {error}") from None
+    if table.shape != _DIGITS_SHAPE:
+        raise DataError(f"{path}: not scikit-learn's digits: a table of {table.shape}")
+    return torch.from_numpy(table)
 
 
 def _find_idx_files(places: list[Path]) -> list[Path] | None:
