@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 import pgt_diag
-from commands import bench, check, doctor, report, show, train, watch
+from commands import bench, check, doctor, report, show, sweep, train, watch
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.text import printable
 
@@ -45,7 +45,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
-for command in (report, show, watch, check, doctor, bench):
+for command in (sweep, report, show, watch, check, doctor, bench):
     app.command(epilog=command.EPILOG)(getattr(command, command.__name__.rpartition(".")[2]))
 
 

@@ -1,0 +1,271 @@
+"""`pgt-diag sweep`: many runs, a directory each; done ones are skipped, others go on."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from pgt_diag.config import Device
+from pgt_diag.errors import ConfigurationError
+from pgt_diag.sweep.grid import (
+    Grid,
+    LrRule,
+    Row,
+    SweepPreset,
+    build_grid,
+    parse_value,
+    read_grid,
+)
+
+if TYPE_CHECKING:
+    from pgt_diag.sweep.status import RowStatus
+
+EPILOG = """\b
+Examples:
+  pgt-diag sweep --preset table2-smoke         on digits: 40 minutes, 2 cores
+  pgt-diag sweep --preset table2 --data IMAGENET_DIR --seeds 3 --dry-run
+  pgt-diag sweep --config grid.toml --set epochs=5 --engine ray
+  pgt-diag sweep --config grid.toml --engine slurm
+  pgt-diag report sweeps/table2-smoke          also while the sweep runs
+
+\b
+A grid is a TOML file of train's options; lists are axes, and are crossed:
+  preset = "fashion"           train's recipe to start from
+  epochs = 3                   the same for every run
+  batch_size = [64, 128]       an axis
+  seed = [0, 1, 2]
+  lr_rule = "linear"           or "constant"; also lr_base_batch
+  [\\[row]]                      optional: a grid of its own over what is above
+  method = "baseline"
+  [\\[row]]
+  method = ["pgt", "agc+pgt"]
+  alpha = [0.25, 0.5]
+
+The same command again goes on: finished runs are skipped, interrupted ones
+resumed, failed ones told again (--retry-failed makes them anew). A changed
+configuration is another run.
+"""
+
+GRID, RUNS, ENGINE = "Which runs", "Where and how fast", "Engine"
+
+
+class Engine(StrEnum):
+    """What makes the runs."""
+
+    LOCAL = "local"
+    RAY = "ray"
+    SLURM = "slurm"
+
+
+def sweep(
+    preset: SweepPreset | None = typer.Option(
+        None, help="A sweep to start from.", show_default=False, rich_help_panel=GRID
+    ),
+    config: Path | None = typer.Option(
+        None, help="TOML grid; replaces the preset's values.", rich_help_panel=GRID
+    ),
+    settings: list[str] = typer.Option(
+        [],
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the grid, as in TOML; may be repeated.",
+        rich_help_panel=GRID,
+    ),
+    seeds: int | None = typer.Option(
+        None,
+        min=1,
+        help="Seeds 0 to N-1 of every configuration; by default the grid's.",
+        show_default="table2 5, table2-smoke 3",
+        rich_help_panel=GRID,
+    ),
+    lr_rule: LrRule | None = typer.Option(
+        None,
+        help="Learning rate across batch sizes: constant as in the paper's text, or in proportion.",
+        show_default="constant",
+        rich_help_panel=GRID,
+    ),
+    lr_base_batch: int | None = typer.Option(
+        None,
+        min=1,
+        help="linear: the batch size that lr is meant for; by default the recipe's.",
+        rich_help_panel=GRID,
+    ),
+    sweep_dir: Path | None = typer.Option(
+        None, help="Directory of the runs; by default sweeps/NAME.", rich_help_panel=RUNS
+    ),
+    data: str | None = typer.Option(None, help="The data set's folder.", rich_help_panel=RUNS),
+    device: Device | None = typer.Option(
+        None, help="Where to train.", show_default="auto", rich_help_panel=RUNS
+    ),
+    workers: int | None = typer.Option(
+        None, help="Processes of a run that read an image folder.", rich_help_panel=RUNS
+    ),
+    threads: int | None = typer.Option(
+        None, help="CPU threads of a run; by default torch's choice.", rich_help_panel=RUNS
+    ),
+    checkpoint_every: int | None = typer.Option(
+        None,
+        help="Iterations between checkpoints; by default 5 minutes.",
+        rich_help_panel=RUNS,
+    ),
+    engine: Engine = typer.Option(
+        Engine.LOCAL,
+        help="local: here, one after the other; ray: as many at once as fit; slurm: write a job "
+        "array.",
+        rich_help_panel=ENGINE,
+    ),
+    ray_address: str | None = typer.Option(
+        None,
+        help="ray: the cluster's address; by default this machine alone.",
+        rich_help_panel=ENGINE,
+    ),
+    cpus_per_run: float | None = typer.Option(
+        None, min=0.01, help="ray, slurm: CPUs of a run.", rich_help_panel=ENGINE
+    ),
+    gpus_per_run: float | None = typer.Option(
+        None, min=0, help="ray, slurm: GPUs of a run.", rich_help_panel=ENGINE
+    ),
+    retry_failed: bool = typer.Option(
+        False, "--retry-failed", help="Make failed runs again.", rich_help_panel=RUNS
+    ),
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        help="List the runs and how they stand, with time and disk still needed.",
+        rich_help_panel=RUNS,
+    ),
+    json_output: bool = typer.Option(
+        False, "--json", help="Print the result as one JSON object.", rich_help_panel=RUNS
+    ),
+) -> None:
+    """Make many runs, such as the paper's Table 2, and go on where they were left."""
+    if preset is None and config is None:
+        raise ConfigurationError(
+            f"name a sweep: --preset {' or '.join(SweepPreset)}, or a grid with --config FILE"
+        )
+    _check_engine(engine, ray_address, cpus_per_run, gpus_per_run)
+    options = dict(map(parse_value, settings))
+    typed = {
+        "seed": None if seeds is None else list(range(seeds)),
+        "lr_rule": lr_rule,
+        "lr_base_batch": lr_base_batch,
+        "data": data,
+        "device": device,
+        "workers": workers,
+        "threads": threads,
+        "checkpoint_every": checkpoint_every,
+    }
+    options |= {key: value for key, value in typed.items() if value is not None}
+    grid = build_grid(
+        preset, read_grid(config) if config else None, options, source=str(config or "")
+    )
+    folder = sweep_dir or Path("sweeps") / (config.stem if config else str(preset))
+
+    from commands.sweep_console import SweepConsole, print_plan, print_result
+
+    if dry_run:
+        print_plan(grid, folder, retry_failed=retry_failed, json_output=json_output)
+        return
+    if engine is Engine.SLURM:
+        _write_job_array(
+            grid, folder, cpus_per_run, gpus_per_run,
+            retry_failed=retry_failed, json_output=json_output,
+        )  # fmt: skip
+        return
+    # Late, so that a mistyped option is answered before torch is loaded.
+    from commands.terminal import say
+    from commands.train import StopRequest
+
+    stop = StopRequest()
+    again = shlex.join(["pgt-diag", *sys.argv[1:]])
+    console = SweepConsole(grid, folder, json_output=json_output)
+    try:
+        with console:
+            if engine is Engine.RAY:
+                from pgt_diag.sweep.ray_engine import make_rows_on_ray
+
+                results = make_rows_on_ray(
+                    grid.rows,
+                    folder,
+                    address=ray_address,
+                    cpus_per_run=cpus_per_run,
+                    gpus_per_run=gpus_per_run,
+                    retry_failed=retry_failed,
+                    listener=console,
+                    stop=stop,
+                )
+            else:
+                from pgt_diag.sweep.making import make_rows
+
+                results = make_rows(
+                    grid.rows, folder, retry_failed=retry_failed, listener=console, stop=stop
+                )
+    except KeyboardInterrupt:
+        say(f"stopped; the same command goes on: {again}", stderr=True)
+        raise
+    if print_result(results, folder, json_output=json_output):
+        raise typer.Exit(1)
+
+
+def _check_engine(
+    engine: Engine, address: str | None, cpus: float | None, gpus: float | None
+) -> None:
+    """Raise ConfigurationError for an option that the engine does not use."""
+    if address is not None and engine is not Engine.RAY:
+        raise ConfigurationError(f"--ray-address has no effect with --engine {engine}")
+    for flag, value in (("--cpus-per-run", cpus), ("--gpus-per-run", gpus)):
+        if value is not None and engine is Engine.LOCAL:
+            raise ConfigurationError(f"{flag} has no effect with --engine {engine}")
+        if value is not None and engine is Engine.SLURM and value != int(value):
+            raise ConfigurationError(f"{flag} is {value:g}; Slurm gives whole ones")
+
+
+def _write_job_array(
+    grid: Grid,
+    folder: Path,
+    cpus: float | None,
+    gpus: float | None,
+    *,
+    retry_failed: bool,
+    json_output: bool,
+) -> None:
+    """Write the job array of what is to do, and say how to submit it."""
+    from commands.terminal import say
+    from pgt_diag.sweep.making import is_to_do, starting_point
+    from pgt_diag.sweep.slurm import write_job_array
+    from pgt_diag.sweep.status import State, status_of
+
+    statuses = [status_of(row, folder) for row in grid.rows]
+    rows = _to_submit(statuses, retry_failed=retry_failed)
+    for status in statuses:
+        if status.state is State.FAILED and is_to_do(status, retry_failed=retry_failed):
+            starting_point(folder / status.row.name, retry_failed=True)
+    script = None
+    if rows:
+        script = write_job_array(rows, folder, cpus_per_run=cpus, gpus_per_run=gpus)
+    if json_output:
+        values: dict[str, Any] = {"sweep_dir": str(folder), "rows": len(rows)}
+        print(json.dumps(values | {"script": str(script) if script else None}))
+        return
+    for status in statuses:
+        if status.state is State.FAILED and not retry_failed:
+            say(f"failed: {status.row.name}: {status.message}")
+    left = len(grid.rows) - len(rows)
+    if script is None:
+        say(f"nothing to submit: {left} of {len(grid.rows)} runs are finished, failed or running")
+    else:
+        say(
+            f"{script}: {len(rows)} of {len(grid.rows)} runs; learning rate {grid.rule}; "
+            f"submit with: sbatch --time=24:00:00 {shlex.quote(str(script))}"
+        )
+
+
+def _to_submit(statuses: "Sequence[RowStatus]", *, retry_failed: bool) -> list[Row]:
+    from pgt_diag.sweep.making import is_to_do
+
+    return [each.row for each in statuses if is_to_do(each, retry_failed=retry_failed)]

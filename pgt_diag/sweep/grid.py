@@ -1,0 +1,256 @@
+"""Which runs a sweep is made of: presets and TOML grids, and the name of each run's directory.
+
+Standard library only, so that the command line can list every choice without importing torch.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pgt_diag.config import (
+    PRESETS,
+    RESUMABLE_WITH,
+    Preset,
+    RunConfig,
+    check_keys,
+    coerce,
+    compose,
+)
+from pgt_diag.errors import ConfigurationError
+from pgt_diag.paper import TABLE_2
+
+
+class SweepPreset(StrEnum):
+    """Named sweeps: the paper's Table 2 with its recipe, and its methods on embedded digits."""
+
+    TABLE2 = "table2"
+    TABLE2_SMOKE = "table2-smoke"
+
+
+class LrRule(StrEnum):
+    """The learning rate across batch sizes.
+
+    Constant, as the paper's "common set of hyperparameters" says; or linear: lr is that of the
+    base batch size, and others get it in proportion.
+    """
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a sweep."""
+
+    config: RunConfig
+    preset: Preset
+
+    @cached_property
+    def name(self) -> str:
+        """The run's directory: readable, and another one for whatever makes another result."""
+        config = self.config
+        alpha = f"-a{config.alpha:g}" if config.method.uses_pgt else ""
+        text = json.dumps(deciding(config), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return f"{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
+
+    def command(self, directory: Path) -> list[str]:
+        """Return the `pgt-diag train` command that makes this run, or goes on with it."""
+        start = compose(self.preset, {}, {})[0]
+        words = ["pgt-diag", "train", "--preset", str(self.preset)]
+        for field in dataclasses.fields(RunConfig):
+            value = getattr(self.config, field.name)
+            # A preset's warm-up is cut to a shorter run; only one that is named is left alone.
+            if value != getattr(start, field.name) or field.name == "warmup_epochs":
+                words += _option(field.name, value)
+        return [*words, "--run-dir", str(directory), "--resume", "auto"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A sweep's rows, each once, and the rule their learning rates follow."""
+
+    rows: tuple[Row, ...]
+    lr_rule: LrRule
+    lr_base_batch: int | None
+    """The batch size that `lr` is meant for, where the rule is linear."""
+
+    @property
+    def rule(self) -> str:
+        """The learning-rate rule, in words, with the rates it gives."""
+        rates: dict[int, set[float]] = {}
+        for row in self.rows:
+            rates.setdefault(row.config.batch_size, set()).add(row.config.lr)
+        shown = "; ".join(
+            f"batch {size}: lr {', '.join(f'{lr:g}' for lr in sorted(rates[size]))}"
+            for size in sorted(rates)
+        )
+        base = f" in the batch size, from {self.lr_base_batch}" if self.lr_base_batch else ""
+        return f"{self.lr_rule}{base} ({shown})"
+
+
+def deciding(config: RunConfig) -> dict[str, Any]:
+    """Return the values that decide a run's result, and not only where or how fast it is made."""
+    values = config.to_mapping()
+    return {key: value for key, value in values.items() if key not in RESUMABLE_WITH}
+
+
+def build_grid(
+    preset: SweepPreset | None = None,
+    file: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    source: str = "",
+) -> Grid:
+    """Return a sweep's rows: options before the file, the file before the preset's values.
+
+    A list is an axis; the axes are crossed. Each table `row` is a grid of its own, over all that
+    is given outside it; options replace also what a row says. Keys are RunConfig's, and `preset`
+    (the recipe that `pgt-diag train` has under that name), `lr_rule`, `lr_base_batch`.
+
+    Raises ConfigurationError, naming `source`, the row and the key, for what cannot be used.
+    """
+    options = dict(options or {})
+    values = {**(_PRESETS[preset] if preset else {}), **(file or {}), **options}
+    try:
+        check_keys(values, also=_KEYS)
+        recipe = _recipe(values.pop("preset", None))
+        rule, base = _lr_rule(values.pop("lr_rule", "constant"), values.pop("lr_base_batch", None))
+        rows = _rows(values.pop("row", [{}]))
+    except ConfigurationError as error:
+        raise _located(error, source) from None
+    found: dict[str, Row] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            check_keys(row)
+            row_values = {key: value for key, value in row.items() if key not in options}
+            for point in _points({**values, **row_values}):
+                config, used = compose(recipe, {}, point)
+                if rule is LrRule.LINEAR:
+                    base = base or int(PRESETS[used]["batch_size"])
+                    config = dataclasses.replace(config, lr=config.lr * config.batch_size / base)
+                made = Row(_without_effectless(config), used)
+                # Crossed axes name a run twice where a method does not use what varies.
+                found.setdefault(made.name, made)
+        except ConfigurationError as error:
+            place = f"row {number}" if "row" in (file or {}) else ""
+            raise _located(error, source, place) from None
+    return Grid(tuple(found.values()), rule, base)
+
+
+def read_grid(path: Path) -> dict[str, Any]:
+    """Read a TOML grid for `build_grid`; dashes in keys are underscores.
+
+    Raises ConfigurationError when the file cannot be read as TOML.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
+    values = _underscored(values)
+    if isinstance(values.get("row"), list):
+        values["row"] = [
+            _underscored(row) if isinstance(row, dict) else row for row in values["row"]
+        ]
+    return values
+
+
+def parse_value(text: str) -> tuple[str, Any]:
+    """Return the key and value of KEY=VALUE; the value is TOML, or text where it is not."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigurationError(f"--set is {text!r}; write KEY=VALUE")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    return key.replace("-", "_"), parsed
+
+
+_KEYS = ("preset", "row", "lr_rule", "lr_base_batch")
+_SMOKE_SCALE = 8
+"""Digits are few: batches of 32, 64 and 128 stand for the paper's 256, 512 and 1024."""
+
+
+def _table2(scale: int) -> list[dict[str, Any]]:
+    rows = []
+    for batch_size, method, alpha, *_ in TABLE_2:
+        row: dict[str, Any] = {"method": str(method), "batch_size": batch_size // scale}
+        rows.append(row if math.isnan(alpha) else {**row, "alpha": alpha})
+    return rows
+
+
+_PRESETS: dict[SweepPreset, dict[str, Any]] = {
+    SweepPreset.TABLE2: {"preset": "paper", "seed": [0, 1, 2, 3, 4], "row": _table2(1)},
+    SweepPreset.TABLE2_SMOKE: {"preset": "smoke", "seed": [0, 1, 2], "row": _table2(_SMOKE_SCALE)},
+}
+
+
+def _points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the axes, the first axis slowest."""
+    axes = []
+    for key, value in values.items():
+        listed = isinstance(value, list)
+        if key == "step_epochs":  # itself a list: an axis of it is a list of lists
+            listed = listed and any(isinstance(item, list) for item in value)
+        if listed and not value:
+            raise ConfigurationError(f"{key} is []; name at least one value")
+        axes.append([(key, coerce(key, each)) for each in (value if listed else [value])])
+    for point in itertools.product(*axes):
+        yield dict(point)
+
+
+def _without_effectless(config: RunConfig) -> RunConfig:
+    """Put the options that the method does not use at their defaults."""
+    unused = [] if config.method.uses_pgt else ["alpha"]
+    unused += [] if config.method.uses_gc else ["clip_norm"]
+    unused += [] if config.method.uses_agc else ["agc_clip_factor", "agc_eps", "agc_classifier"]
+    return dataclasses.replace(config, **{key: getattr(RunConfig, key) for key in unused})
+
+
+def _recipe(name: Any) -> Preset | None:
+    if name is not None and name not in list(Preset):
+        raise ConfigurationError(f"preset is {name!r}; choose one of {', '.join(Preset)}")
+    return None if name is None else Preset(name)
+
+
+def _rows(rows: Any) -> list[dict[str, Any]]:
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        raise ConfigurationError(f"row is {rows!r}; write tables, each under [[row]]")
+    return rows
+
+
+def _lr_rule(rule: Any, base: Any) -> tuple[LrRule, int | None]:
+    if rule not in list(LrRule):
+        raise ConfigurationError(f"lr_rule is {rule!r}; choose one of {', '.join(LrRule)}")
+    if base is not None and (type(base) is not int or base < 1):
+        raise ConfigurationError(f"lr_base_batch is {base!r}; it must be a whole number above 0")
+    if base is not None and rule != LrRule.LINEAR:
+        raise ConfigurationError("lr_base_batch has no effect with lr_rule constant")
+    return LrRule(rule), base
+
+
+def _option(key: str, value: Any) -> list[str]:
+    flag = key.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, tuple):
+        return [f"--{flag}", ",".join(map(str, value))]
+    return [f"--{flag}", str(value)]
+
+
+def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _located(error: ConfigurationError, *places: str) -> ConfigurationError:
+    return ConfigurationError(": ".join(filter(None, (*places, str(error)))))

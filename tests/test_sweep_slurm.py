@@ -1,0 +1,132 @@
+"""The job array as bash runs it: a row per task, a checkpoint and the queue again at its end."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands.app import main
+from pgt_diag.sweep.grid import Row, build_grid
+from pgt_diag.sweep.making import make_rows
+from pgt_diag.sweep.status import State, status_of
+from tests.runs import contents, difference
+from tests.sweeps import DIVERGING, ROOT, TINY, files, options
+
+
+def write(folder: Path, values: dict[str, Any], capsys: Any, *extra: str) -> dict[str, Any]:
+    grid = folder.parent / "empty.toml"
+    grid.touch()
+    command = ["sweep", f"--config={grid}", f"--sweep-dir={folder}", "--engine=slurm", "--json"]
+    assert main([*command, *options({**TINY, **values}), *extra]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a task: `pgt-diag` installed, and a `scontrol` that notes its calls."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    python = shlex.quote(sys.executable)
+    for name, body in {
+        "pgt-diag": f'exec {python} -m pgt_diag "$@"',
+        "scontrol": f'echo "$@" >> {shlex.quote(str(tmp_path / "requeued"))}',
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "SLURM_ARRAY_JOB_ID": "77",
+    }
+
+
+def task(script: str, number: int, cluster: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", script],
+        cwd=cwd,
+        env={**cluster, "SLURM_ARRAY_TASK_ID": str(number)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_each_task_makes_its_row_as_this_process_would(
+    tmp_path: Path, cluster: dict[str, str], capsys: Any
+) -> None:
+    folder = tmp_path / "a sweep's runs"
+    values = {"method": ["baseline", "agc+pgt"]}
+    written = write(folder, values, capsys, "--cpus-per-run=2", "--gpus-per-run=1")
+    assert written["rows"] == 2
+    script = Path(written["script"]).read_text()
+    lines = script.splitlines()
+    wanted = "array=1-2", "requeue", "signal=B:USR1@60", "cpus-per-task=2", "gpus-per-node=1"
+    assert {f"#SBATCH --{option}" for option in wanted} <= set(lines)
+    rows = build_grid(None, {**TINY, **values}).rows
+    process = task(written["script"], 2, cluster, tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [status_of(row, folder).state for row in rows] == [State.NEW, State.FINISHED]
+    make_rows(rows, tmp_path / "here")
+    name = rows[1].name
+    assert difference(contents(folder / name), contents(tmp_path / "here" / name)) is None
+
+    before = files(folder / name)
+    process = task(written["script"], 2, cluster, tmp_path)
+    assert process.communicate(timeout=120)[0].startswith("already finished")
+    assert files(folder / name) == before
+
+    again = write(folder, values, capsys)
+    assert again["rows"] == 1, "what is finished is not submitted again"
+    process = task(written["script"], 2, cluster, tmp_path)
+    assert "rows.txt has no row 2" in process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+
+
+def test_a_minute_before_its_end_a_task_writes_a_checkpoint_and_is_queued_again(
+    tmp_path: Path, cluster: dict[str, str], capsys: Any
+) -> None:
+    folder = tmp_path / "runs"
+    values = {"epochs": 12}
+    script = write(folder, values, capsys)["script"]
+    (row,) = build_grid(None, {**TINY, **values}).rows
+    process = task(script, 1, cluster, tmp_path)
+    _wait_for_iterations(row, folder, process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert (tmp_path / "requeued").read_text() == "requeue 77_1\n"
+    assert status_of(row, folder).state is State.INTERRUPTED
+    process = task(script, 1, cluster, tmp_path)
+    assert process.wait(timeout=120) == 0
+    make_rows([row], tmp_path / "here")
+    there = contents(tmp_path / "here" / row.name)
+    assert difference(contents(folder / row.name), there) is None
+
+
+def test_failed_rows_are_submitted_on_request(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "runs"
+    rows = build_grid(None, {**TINY, **DIVERGING}).rows
+    make_rows(rows, folder)
+    assert write(folder, DIVERGING, capsys) == {
+        "sweep_dir": str(folder), "rows": 0, "script": None
+    }  # fmt: skip
+    assert write(folder, DIVERGING, capsys, "--retry-failed")["rows"] == 1
+    # Out of the way: `--resume auto` starts it, and after a requeue goes on with it.
+    assert status_of(rows[0], folder).state is State.NEW
+
+
+def _wait_for_iterations(row: Row, folder: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while status_of(row, folder).done < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
