@@ -209,7 +209,9 @@ def check_keys(values: Iterable[str], also: Iterable[str] = ()) -> None:
     known = [*_TYPES, *also]
     for key in values:
         if key not in known:
-            raise ConfigurationError(f"unknown key '{shorten(key)}'; did you mean '{nearest(key, known)}'?")
+            raise ConfigurationError(
+                f"unknown key '{shorten(key)}'; did you mean '{nearest(key, known)}'?"
+            )
 
 
 def nearest(key: object, known: Iterable[str]) -> str:
@@ -272,15 +274,17 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
             )
         if name not in (*_TYPES, "preset"):
             raise ConfigurationError(
-                f"{path}: unknown key '{shorten(key)}' with the value {_quoted(value)}; did you "
-                f"mean '{nearest(key, (*_TYPES, 'preset'))}'?"
+                f"{path}: unknown key '{shorten(key)}'; did you mean "
+                f"'{nearest(key, (*_TYPES, 'preset'))}'? (its value is {_quoted(value)})"
             )
         values[name] = value
     if values.get("record_every") == "auto":
         values["record_every"] = None
     preset = values.pop("preset", None)
     if preset is not None and preset not in list(Preset):
-        raise ConfigurationError(f"{path}: preset is {_quoted(preset)}; choose one of {', '.join(Preset)}")
+        raise ConfigurationError(
+            f"{path}: preset is {_quoted(preset)}; choose one of {', '.join(Preset)}"
+        )
     try:
         check_keys(values)
         values = {key: coerce(key, value) for key, value in values.items()}
@@ -317,7 +321,9 @@ def coerce(key: str, value: Any) -> Any:
     if isinstance(wanted, type) and issubclass(wanted, StrEnum):
         choices = [str(choice) for choice in wanted]
         if value not in choices:
-            raise ConfigurationError(f"{key} is {_quoted(value)}; choose one of {', '.join(choices)}")
+            raise ConfigurationError(
+                f"{key} is {_quoted(value)}; choose one of {', '.join(choices)}"
+            )
         return wanted(value)
     if typing.get_origin(wanted) is tuple:
         if isinstance(value, list | tuple) and all(type(item) is int for item in value):
@@ -374,7 +380,7 @@ def _check(config: RunConfig) -> None:
 _ANY = math.inf
 _MANY = 10**9
 """More of anything would only be a mistake, or somebody's attempt at one."""
-_MAX_SYNTHETIC_BYTES = 1 << 32
+_MAX_SYNTHETIC_BYTES = 1 << 30
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("image_size", 1, 4096),
     ("synthetic_images", 2, 1_000_000),
@@ -408,8 +414,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 def _describe(low: float, high: float) -> str:
     if high == _ANY:
         return f"be a number of at least {low:g}"
-    return f"lie in [{low:g}, {high:g}]" if high < _MANY else (
-        f"be a number of at least {low:g}, and no more than {high:,}"
+    return (
+        f"lie in [{low:g}, {high:g}]"
+        if high < _MANY
+        else (f"be a number of at least {low:g}, and no more than {high:,}")
     )
 
 

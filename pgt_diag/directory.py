@@ -122,6 +122,7 @@ class RunDirectory:
         if found != self._metrics.encode():
             _keep(found, aside, "metrics", ".csv")
             storage.write(metrics_file, self._metrics.encode())
+        self._vouch_for_metrics()
         for name in _SEALED_FILES:
             if (self.path / name).exists():
                 storage.remove(self.path / name)  # made from parts that are still there
@@ -198,12 +199,17 @@ class RunDirectory:
         if not self._metrics:
             writer.writeheader()
         writer.writerow(values)
-        before = [self._metrics_fingerprint()]
+        before = self._metrics_fingerprint()
         self._metrics += buffer.getvalue()
-        digests = {METRICS_FILE: [self._metrics_fingerprint(), *before]}
         # The new content's fingerprint first: at a kill in between, the old content is still right.
-        self.update({"digests": {**self._info.get("digests", {}), **digests}})
+        self._vouch_for_metrics(before)
         storage.write(self.path / METRICS_FILE, self._metrics.encode())
+        # And no longer than that: a file cut to it would pass for whole.
+        self._vouch_for_metrics()
+
+    def _vouch_for_metrics(self, *also: str) -> None:
+        digests = {METRICS_FILE: [self._metrics_fingerprint(), *also]}
+        self.update({"digests": {**(self._info.get("digests") or {}), **digests}})
 
     def _metrics_fingerprint(self) -> str:
         return storage.fingerprint(self._metrics.encode())

@@ -138,6 +138,8 @@ def digests_of(info: dict[str, Any], name: str) -> tuple[str, ...]:
 
 def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
     """Return run.json's layers, in order."""
+    if len(entries or ()) > _MAX_LAYERS:
+        raise RunDirectoryError(f"{path / RUN_FILE}: more than {_MAX_LAYERS:,} layers")
     try:
         layers = tuple(
             Layer(

@@ -10,7 +10,14 @@ from typing import Any
 from pgt_diag import checkpoint, storage, trace
 from pgt_diag.config import RunConfig
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
-from pgt_diag.reading import check_info, is_amount, is_count, is_locked, read_layers
+from pgt_diag.reading import (
+    check_columns,
+    check_info,
+    is_amount,
+    is_count,
+    is_locked,
+    read_layers,
+)
 from pgt_diag.run import load_run
 
 
@@ -105,9 +112,9 @@ def _check_state(path: Path, state: Mapping[str, Any]) -> None:
         counts = (recorder["steps"], position["epoch"], position["batch"])
         amounts = (recorder["seconds"], recorder["training_seconds"], *state["meter"].values())
         if not all(map(is_count, counts)) or not all(map(is_amount, amounts)):
-            raise ValueError("a count or a time cannot be")  # noqa: TRY301
+            raise ValueError("a count or a time cannot be")
         if tuple(position["sums"].shape) != (2,):
-            raise ValueError("the sums are not two")  # noqa: TRY301
+            raise ValueError("the sums are not two")
     except (*_ODD, RunDirectoryError) as error:
         raise RunDirectoryError(f"{path}: is no checkpoint of pgt-diag: {error!r}") from None
 
@@ -134,7 +141,9 @@ def _check_recorder(path: Path, recorder: Mapping[str, Any]) -> None:
     resumed, replaced = info.get("resumed_from") or [], info.get("bad_images") or []
     if not isinstance(environment, dict) or not isinstance(amp, str):
         raise TypeError("the environment is not told")
-    if not all(map(is_count, resumed)) or not all(isinstance(each["path"], str) for each in replaced):
+    if not all(map(is_count, resumed)) or not all(
+        isinstance(each["path"], str) for each in replaced
+    ):
         raise TypeError("its resumptions or bad images are not listed")
     if not isinstance(recorder["directory"]["metrics"], str):
         raise TypeError("its metrics are no text")
@@ -174,15 +183,32 @@ def _check_trace(directory: Path, path: Path, state: Mapping[str, Any]) -> None:
         for part in _parts_before(directory / name, end):
             if part.first != reached:
                 break
+            if name == trace.EVENTS_FOLDER:
+                _check_events(part)
             reached = part.last + 1
         if reached < end:
             raise RunDirectoryError(f"{directory / name}: row {reached:,} of {end:,} is missing")
     found = 0
     for part in _parts_before(directory / trace.NORMS_FOLDER, last_stored + 1):
-        found += int((part.read(["iteration"])["iteration"].to_numpy() <= last_stored).sum())
+        try:
+            table = part.read(["iteration"])
+            check_columns(table, part.path)
+        except KeyError as error:
+            raise RunDirectoryError(f"{part.path}: damaged: {error}") from None
+        found += int((table["iteration"].to_numpy() <= last_stored).sum())
     if found != stored:
         folder = directory / trace.NORMS_FOLDER
         raise RunDirectoryError(f"{folder}: {found:,} of {stored:,} stored rows are there")
+
+
+def _check_events(part: trace.Part) -> None:
+    """Raise RunDirectoryError for a part that cannot be joined with those to come."""
+    try:
+        table = part.read()
+    except KeyError as error:
+        raise RunDirectoryError(f"{part.path}: damaged: {error}") from None
+    if table.schema != trace.EVENT_SCHEMA or table.num_rows != part.last - part.first + 1:
+        raise RunDirectoryError(f"{part.path}: not the events that belong there")
 
 
 def _parts_before(folder: Path, end: int) -> list[trace.Part]:

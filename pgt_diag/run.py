@@ -91,13 +91,15 @@ class Run:
     @cached_property
     def metrics(self) -> "pd.DataFrame":
         """One row per epoch."""
-        import pandas as pd
-
-        if not (self.path / METRICS_FILE).exists():
-            return pd.DataFrame()
         path = self.path / METRICS_FILE
-        data = self._vouched_for(METRICS_FILE, lambda: storage.read(path, MAX_METRICS_BYTES))
-        return read_metrics(data, path)
+
+        def read() -> bytes:
+            try:
+                return storage.read(path, MAX_METRICS_BYTES)
+            except FileNotFoundError:
+                return b""  # as it is before the end of the first epoch
+
+        return read_metrics(self._vouched_for(METRICS_FILE, read), path)
 
     @cached_property
     def iterations(self) -> "pd.DataFrame":
@@ -118,7 +120,7 @@ class Run:
         Empty before the first.
         """
         for part in self._rows(trace.ITERATIONS_FOLDER, ["iteration", *SCALARS], newest=True):
-            for row in part.slice(part.num_rows - 1).to_pylist():
+            for row in part.slice(max(0, part.num_rows - 1)).to_pylist():
                 return dict(row)
         return {}
 
@@ -214,7 +216,7 @@ class Run:
         for _ in range(_READ_ATTEMPTS):
             digests = digests_of(read_info(self.path), name)
             data = read()
-            if storage.fingerprint(data) in digests:
+            if storage.fingerprint(data) in digests or not (data or digests):
                 return data
             # The run may go on, and have written both anew in between: look again.
         raise storage.damaged(self.path / name)
@@ -228,7 +230,12 @@ class Run:
                     return trace.read_table(self.path / name, digests)
                 except FileNotFoundError:
                     raise RunDirectoryError(f"{self.path / name}: is missing") from None
-            table = parts()
+                except KeyError as error:
+                    raise RunDirectoryError(f"{self.path / name}: damaged: {error}") from None
+            try:
+                table = parts()
+            except (KeyError, pa.ArrowException) as error:
+                raise RunDirectoryError(f"{self.path}: {name}: damaged: {error}") from None
             if not digests_of(read_info(self.path), name):
                 return table
         raise AssertionError
@@ -260,7 +267,10 @@ class Run:
     def _rows(self, folder: str, columns: list[str], *, newest: bool = False) -> list[pa.Table]:
         """Read columns of the parts in a folder; RunDirectoryError unless they fit the layers."""
         storage.check_no_link(self.path / folder)
-        tables = trace.read_parts(self.path / folder, columns, newest=newest)
+        try:
+            tables = trace.read_parts(self.path / folder, columns, newest=newest)
+        except KeyError as error:  # as Arrow tells of two columns of one name
+            raise RunDirectoryError(f"{self.path / folder}: damaged: {error}") from None
         last = -1
         for table in tables:
             check_columns(table, self.path / folder)
@@ -295,8 +305,11 @@ class Run:
         widths = [table[value].type.list_size for table in tables if value in table.column_names]
         width = widths[0] if layer is None and widths else 0
         width = width if layer is None else self._by_name[layer].filters
-        if any(found != width for found in widths):
-            raise RunDirectoryError(f"{self.path / trace.NORMS_FOLDER}: {value} has another width")
+        kinds = {table[value].type.value_type for table in tables if value in table.column_names}
+        if any(found != width or not found for found in widths) or kinds - {pa.float32()}:
+            raise RunDirectoryError(
+                f"{self.path / trace.NORMS_FOLDER}: {value} is not of float32, or has another width"
+            )
         parts, numbers = [], []
         for table in tables:
             # Where every iteration is stored, a window is that iteration alone.

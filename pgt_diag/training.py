@@ -168,8 +168,9 @@ EPOCH_COLUMNS = (
 """The columns of metrics.csv."""
 
 
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "lr")}
+def _options(group: Mapping[str, Any]) -> dict[str, str]:
+    # As text: to the fused step 0 and False are not the same.
+    return {key: repr(value) for key, value in group.items() if key not in ("params", "lr")}
 
 
 @dataclass
@@ -328,7 +329,7 @@ class _Session:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self._load_optimizer(state["optimizer"])
+        self._load_optimizer(state["optimizer"], state["recorder"]["steps"])
         self.scaler.load_state_dict(state["scaler"])
         self.meter.load_state_dict(state["meter"])
         position = state["position"]
@@ -348,16 +349,20 @@ class _Session:
         if self.device.type == "cuda" and state["random"]["cuda"] is not None:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
 
-    def _load_optimizer(self, state: Mapping[str, Any]) -> None:
+    def _load_optimizer(self, state: Mapping[str, Any], steps: int) -> None:
         """Load its state; ValueError for one that a step would fail with, or train otherwise."""
-        options = [_options(group) for group in self.optimizer.param_groups]
+        options = list(map(_options, self.optimizer.param_groups))
         self.optimizer.load_state_dict(dict(state))
-        if [_options(group) for group in self.optimizer.param_groups] != options:
+        if list(map(_options, self.optimizer.param_groups)) != options:
             raise ValueError("its optimizer has other options")
-        for parameter, buffers in self.optimizer.state.items():
-            momentum = buffers.get("momentum_buffer")
-            if momentum is not None and momentum.shape != parameter.shape:
-                raise ValueError("its momentum is of other weights")
+        shapes = {
+            parameter: momentum.shape
+            for parameter, buffers in self.optimizer.state.items()
+            if (momentum := buffers.get("momentum_buffer")) is not None
+        }
+        wanted = {p: p.shape for group in self.optimizer.param_groups for p in group["params"]}
+        if shapes != wanted and (shapes or (steps and self.config.momentum)):
+            raise ValueError("its momentum is of other weights")
 
     def _save_checkpoint(self, kept: int = KEPT) -> None:
         recorder = self.recorder.state_dict()
