@@ -33,6 +33,8 @@ ROW_GROUP = 1000
 _MERGE_AT = 32
 _READ_ATTEMPTS = 5
 _MAX_DECODED_BYTES = 1 << 32
+_FREE_DECODED_BYTES, _MAX_RATIO = 1 << 26, 1 << 14
+"""What any part may decode to, and how many times its size beyond: constant columns pack well."""
 _PART = re.compile(r"part-(\d{12})-(\d{12})-([0-9a-f]{16})\.parquet")
 
 EVENT_SCHEMA = pa.schema(
@@ -119,7 +121,8 @@ def read_table(
             schema = file.schema_arrow
             chosen = [name for name in schema.names if columns is None or name in columns]
             decoded = file.metadata.num_rows * sum(_row_bytes(schema.field(c)) for c in chosen)
-            if not 0 <= decoded <= _MAX_DECODED_BYTES:
+            packed = _FREE_DECODED_BYTES + _MAX_RATIO * path.stat().st_size
+            if not 0 <= decoded <= min(_MAX_DECODED_BYTES, packed):
                 raise RunDirectoryError(f"{path}: says it holds {decoded:,} bytes; not read")
             return file.read(columns=chosen)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ RATE_SECONDS = 60.0
 """The rate is that of about the last minute."""
 
 STALL_SECONDS = 15.0
-"""A recorder writes every two seconds; a run without news for so long may have been killed."""
+"""A recorder writes twice a second; a run without news for so long hangs, or has long steps."""
 
 
 @dataclass(frozen=True)
