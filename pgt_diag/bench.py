@@ -38,7 +38,8 @@ from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.models import build_model
 from pgt_diag.powergrad import power_grad_cross_entropy
 from pgt_diag.recorder import FilterRecorder
-from pgt_diag.training import build_optimizer, environment
+from pgt_diag.step import build_optimizer
+from pgt_diag.training import environment
 
 LOSS_SHAPE = (1024, 1000)
 """Examples and classes at which the losses are compared: ImageNet's, at the paper's batch."""

@@ -7,7 +7,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import pgt_diag
 from pgt_diag import checkpoint
 from pgt_diag.activations import convolutions
 from pgt_diag.checkpoint import KEPT
-from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import Amp, Device, RunConfig
 from pgt_diag.data import load_data
 from pgt_diag.directory import check_vacant
@@ -34,12 +32,12 @@ from pgt_diag.errors import (
     RunDirectoryError,
 )
 from pgt_diag.models import build_model
-from pgt_diag.powergrad import PowerGradCrossEntropyLoss
 from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.reading import Ending
 from pgt_diag.recorder import FilterRecorder
 from pgt_diag.resuming import ResumePoint
 from pgt_diag.schedules import learning_rate
+from pgt_diag.step import REMEDY, TrainingStep, autocast, build_optimizer, diverged
 
 
 def train(
@@ -111,26 +109,6 @@ def resolve_amp(amp: Amp, device: torch.device) -> Amp:
     return amp
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
-    """Return the paper's SGD; weight decay leaves vectors alone unless `decay_biases`.
-
-    Source: Section 4 of the paper; the authors' code for the tensors that decay.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1 or config.decay_biases]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1 and not config.decay_biases]},
-    ]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        fused=True,
-    )
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions and the hardware that a result depends on."""
     return {
@@ -149,7 +127,6 @@ def environment(device: torch.device) -> dict[str, Any]:
 _CHECKPOINT_SECONDS = 300.0
 _MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 """What loading a checkpoint of another run raises."""
-_REMEDY = "try a lower lr, a longer warmup_epochs, or method gc or agc"
 
 
 EPOCH_COLUMNS = (
@@ -193,6 +170,7 @@ class _Session:
     """The objects of one run."""
 
     recorder: FilterRecorder
+    step: TrainingStep
 
     def __init__(self, config: RunConfig, directory: Path, *, download: bool) -> None:
         self.config = config
@@ -208,12 +186,7 @@ class _Session:
         self.iterations = self.data.batches_per_epoch * config.epochs
         self.model = self._build_model()
         self.optimizer = build_optimizer(self.model, config)
-        self.agc_parameters = agc_parameters(self.model, config.agc_classifier)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is Amp.FP16)
-        self.loss = PowerGradCrossEntropyLoss(
-            alpha=config.alpha if config.method.uses_pgt else 1.0,
-            label_smoothing=config.label_smoothing,
-        )
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         self.position = _Position(epoch=0, batch=0, sums=sums)
         self.meter = Meter(config.batch_size, self.data.batches_per_epoch, config.epochs)
@@ -323,6 +296,16 @@ class _Session:
             raise RunDirectoryError(
                 f"{self.directory}: its checkpoint does not fit this run: {reason}"
             ) from None
+        self.step = TrainingStep(
+            self.config,
+            self.model,
+            self.optimizer,
+            self.recorder,
+            scaler=self.scaler,
+            device=self.device,
+            amp=self.amp,
+            directory=self.directory,
+        )
         self._saved = time.monotonic()
         if resume is not None and resume.checkpoint is not None:
             checkpoint.set_aside_newer(self.directory, resume.checkpoint)
@@ -490,7 +473,7 @@ class _Session:
                 last = self.recorder.iterations - 1
                 raise DivergedError(
                     f"the test loss is NaN or infinite after iteration {last}; iterations 0 to "
-                    f"{last} are recorded in {self.directory}; {_REMEDY}"
+                    f"{last} are recorded in {self.directory}; {REMEDY}"
                 )
             values = (
                 position.epoch,
@@ -515,61 +498,8 @@ class _Session:
         self._save_checkpoint(kept=1)
 
     def _step(self, images: Tensor, target: Tensor) -> Tensor:
-        """Make one iteration; return (Σ loss, correct predictions) of the batch, on the device."""
         lr = learning_rate(self.config, self.recorder.steps, self.data.batches_per_epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.device.type == "cuda":
-            images = images.contiguous(memory_format=torch.channels_last)
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros_like(self.position.sums)
-        count = self.config.accumulate
-        for part, part_target in zip(images.chunk(count), target.chunk(count), strict=True):
-            sums += self._accumulate(part, part_target, len(target))
-        self.scaler.unscale_(self.optimizer)
-        self._clip()
-        loss, correct = sums / len(target)
-        self.recorder.log(loss=loss, accuracy=100 * correct)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return sums
-
-    def _accumulate(self, images: Tensor, target: Tensor, batch_size: int) -> Tensor:
-        """Add the gradient of the batch's mean loss that a part of it makes; return its sums."""
-        with self._autocast():
-            logits = self.model(images)
-            loss = self.loss(logits, target)
-        if self.device.type == "cpu" and not math.isfinite(loss.item()):
-            raise self._diverged(self.recorder.steps)
-        share = len(target) / batch_size
-        self.scaler.scale(loss if share == 1 else loss * share).backward()
-        correct = (logits.detach().argmax(1) == target).sum()
-        return torch.stack((loss.detach().double() * len(target), correct.double()))
-
-    def _clip(self) -> None:
-        config = self.config
-        if config.method.uses_gc:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-            # The factor clip_grad_norm_ applied, by its own formula.
-            coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            self.recorder.log(grad_norm_before_clip=norm, clip_coefficient=coefficient)
-        if config.method.uses_agc:
-            factors = adaptive_clip_grad_(
-                self.agc_parameters, config.agc_clip_factor, config.agc_eps
-            )
-            ids = map(id, self.agc_parameters)
-            by_parameter = dict(zip(ids, factors, strict=True))
-            self.recorder.log(
-                clip_factors={
-                    name: by_parameter[id(weight)]
-                    for name, weight in self.recorder.convolution_weights
-                    if id(weight) in by_parameter
-                }
-            )
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = torch.float16 if self.amp is Amp.FP16 else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.amp is not Amp.OFF)
+        return self.step(images, target, lr)
 
     @torch.no_grad()
     def _evaluate(self, stop: Callable[[], bool]) -> tuple[float, float]:
@@ -577,7 +507,7 @@ class _Session:
         self.model.eval()
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for images, target in self.data.test_batches():
-            with self._autocast():
+            with autocast(self.device, self.amp):
                 logits = self.model(images).float()
             loss = nn.functional.cross_entropy(logits, target, reduction="sum")
             correct = (logits.argmax(1) == target).sum()
@@ -591,14 +521,7 @@ class _Session:
 
     def _check_divergence(self) -> None:
         if self.recorder.diverged_at is not None:
-            raise self._diverged(self.recorder.diverged_at)
-
-    def _diverged(self, iteration: int) -> DivergedError:
-        recorded = f"iterations 0 to {iteration - 1} are" if iteration else "nothing is"
-        return DivergedError(
-            f"the loss became NaN or infinite at iteration {iteration}; {recorded} recorded in "
-            f"{self.directory}; {_REMEDY}"
-        )
+            raise diverged(self.recorder.diverged_at, self.directory)
 
     def _snapshot(self) -> None:
         config = self.config

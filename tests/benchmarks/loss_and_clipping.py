@@ -43,7 +43,7 @@ from pgt_diag.bench import (
 )
 from pgt_diag.config import RunConfig
 from pgt_diag.models import build_model
-from pgt_diag.training import build_optimizer
+from pgt_diag.step import build_optimizer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 

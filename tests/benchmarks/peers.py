@@ -32,7 +32,7 @@ import pgt_diag
 from pgt_diag.bench import Spread, alternate, training_step
 from pgt_diag.config import RunConfig
 from pgt_diag.models import build_model
-from pgt_diag.training import build_optimizer
+from pgt_diag.step import build_optimizer
 
 NEEDED = ("wandb", "tensorboard")
 

@@ -1,0 +1,139 @@
+"""One iteration of training: forward and backward, clipping, the optimizer's step."""
+
+import math
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
+from pgt_diag.config import Amp, RunConfig
+from pgt_diag.errors import DivergedError
+from pgt_diag.powergrad import PowerGradCrossEntropyLoss
+from pgt_diag.recorder import FilterRecorder
+
+REMEDY = "try a lower lr, a longer warmup_epochs, or method gc or agc"
+
+
+def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
+    """Return the paper's SGD; weight decay leaves vectors alone unless `decay_biases`.
+
+    Source: Section 4 of the paper; the authors' code for the tensors that decay.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in parameters if p.ndim > 1 or config.decay_biases]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1 and not config.decay_biases]},
+    ]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        fused=True,
+    )
+
+
+def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[Any]:
+    """Return the context that a forward pass is made in."""
+    dtype = torch.float16 if amp is Amp.FP16 else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp is not Amp.OFF)
+
+
+def diverged(iteration: int, directory: Path) -> DivergedError:
+    """Return the error for a loss that became NaN or infinite at `iteration`."""
+    recorded = f"iterations 0 to {iteration - 1} are" if iteration else "nothing is"
+    return DivergedError(
+        f"the loss became NaN or infinite at iteration {iteration}; {recorded} recorded in "
+        f"{directory}; {REMEDY}"
+    )
+
+
+class TrainingStep:
+    """Makes iterations of one run, and tells its recorder what only the loop knows."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recorder: FilterRecorder,
+        *,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        amp: Amp,
+        directory: Path,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._recorder = recorder
+        self._scaler = scaler
+        self._device = device
+        self._amp = amp
+        self._directory = directory
+        self._agc_parameters = agc_parameters(model, config.agc_classifier)
+        self._loss = PowerGradCrossEntropyLoss(
+            alpha=config.alpha if config.method.uses_pgt else 1.0,
+            label_smoothing=config.label_smoothing,
+        )
+
+    def __call__(self, images: Tensor, target: Tensor, lr: float) -> Tensor:
+        """Make one iteration; return (Σ loss, correct predictions) of the batch, on the device.
+
+        images: (B, 3, S, S) float32, target: (B,) int64, on the device; the result is (2,) float64.
+
+        Raises DivergedError, on a CPU, when the loss is NaN or infinite; the weights are as before.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._device.type == "cuda":
+            images = images.contiguous(memory_format=torch.channels_last)
+        self._optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        count = self._config.accumulate
+        for part, part_target in zip(images.chunk(count), target.chunk(count), strict=True):
+            sums += self._accumulate(part, part_target, len(target))
+        self._scaler.unscale_(self._optimizer)
+        self._clip()
+        loss, correct = sums / len(target)
+        self._recorder.log(loss=loss, accuracy=100 * correct)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return sums
+
+    def _accumulate(self, images: Tensor, target: Tensor, batch_size: int) -> Tensor:
+        """Add the gradient of the batch's mean loss that a part of it makes; return its sums."""
+        with autocast(self._device, self._amp):
+            logits = self._model(images)
+            loss = self._loss(logits, target)
+        if self._device.type == "cpu" and not math.isfinite(loss.item()):
+            raise diverged(self._recorder.steps, self._directory)
+        share = len(target) / batch_size
+        self._scaler.scale(loss if share == 1 else loss * share).backward()
+        correct = (logits.detach().argmax(1) == target).sum()
+        return torch.stack((loss.detach().double() * len(target), correct.double()))
+
+    def _clip(self) -> None:
+        config = self._config
+        if config.method.uses_gc:
+            norm = nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
+            # The factor clip_grad_norm_ applied, by its own formula.
+            coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            self._recorder.log(grad_norm_before_clip=norm, clip_coefficient=coefficient)
+        if config.method.uses_agc:
+            factors = adaptive_clip_grad_(
+                self._agc_parameters, config.agc_clip_factor, config.agc_eps
+            )
+            ids = map(id, self._agc_parameters)
+            by_parameter = dict(zip(ids, factors, strict=True))
+            self._recorder.log(
+                clip_factors={
+                    name: by_parameter[id(weight)]
+                    for name, weight in self._recorder.convolution_weights
+                    if id(weight) in by_parameter
+                }
+            )
