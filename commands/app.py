@@ -86,6 +86,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
+    if not message:  # another process of the run has said it
+        return code
     line = " ".join(message.replace("Value error, ", "").split())
     print(f"pgt-diag: error: {printable(line, 2000)}", file=sys.stderr)
     return code

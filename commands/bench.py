@@ -34,7 +34,7 @@ def bench(
 ) -> None:
     """Measure what recording, the loss and the clipping cost on this machine."""
     from pgt_diag import bench as library
-    from pgt_diag.training import resolve_device
+    from pgt_diag.distributed import resolve_device
 
     def report(what: str) -> None:
         if sys.stderr.isatty():

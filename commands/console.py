@@ -27,10 +27,11 @@ _FINAL = (ConfigurationError, DivergedError)
 class TrainingConsole(Listener):
     """Shows one run; use as a context manager around `train`."""
 
-    def __init__(self, *, json_output: bool, preset: Preset | None) -> None:
+    def __init__(self, *, json_output: bool, preset: Preset | None, quiet: bool = False) -> None:
         self._json = json_output
         self._preset = f", preset {preset}" if preset else ""
-        self._console = Console(stderr=json_output, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=json_output, highlight=False, soft_wrap=True, quiet=quiet)
+        self._quiet = quiet
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._plan: Plan | None = None
@@ -69,7 +70,7 @@ class TrainingConsole(Listener):
             f"{method}: {config.epochs} epochs, {plan.iterations:,} iterations of "
             f"{config.batch_size} images, lr {config.lr:g} (warm-up {config.warmup_epochs:g} "
             f"epochs), weight decay {config.weight_decay:g}, seed {config.seed}, {plan.device}, "
-            f"amp {plan.amp}"
+            f"amp {plan.amp}" + (f", {plan.processes} processes" if plan.processes > 1 else "")
         )
         self._print(
             f"run directory: {plan.directory} (at most {plan.disk_bytes / 1e6:,.0f} MB)"
@@ -78,14 +79,14 @@ class TrainingConsole(Listener):
         for note in plan.notes:
             self._print(f"note: {note}")
         if self._json:
-            print(json.dumps({"plan": _plain(plan)}))
+            self._print_json({"plan": _plain(plan)})
 
     def show_result(self, path: Path) -> None:
         """Say how it ended."""
         # A run that was killed after its last epoch goes on without another.
         metrics = self._metrics or load_run(path).metrics.tail(1).to_dict("records")[0]
         if self._json:
-            print(json.dumps({"run_dir": str(path), **metrics}))
+            self._print_json({"run_dir": str(path), **metrics})
             return
         self._print(
             f"done: test accuracy {metrics['test_accuracy']:.2f} %, {metrics['dead_filters']} dead "
@@ -95,7 +96,7 @@ class TrainingConsole(Listener):
     def show_finished(self, path: Path) -> None:
         """Say that there is nothing to go on with."""
         if self._json:
-            print(json.dumps({"run_dir": str(path), "finished": True}))
+            self._print_json({"run_dir": str(path), "finished": True})
             return
         self._print(f"already finished; next: pgt-diag report {shlex.quote(str(path))}")
 
@@ -104,7 +105,7 @@ class TrainingConsole(Listener):
         self._plan = plan
         if not self._json:
             self.show_plan(plan)
-        if self._console.is_terminal and not self._json:
+        if self._console.is_terminal and not self._json and not self._quiet:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
                 BarColumn(bar_width=12),
@@ -145,6 +146,10 @@ class TrainingConsole(Listener):
             f"note: {len(paths)} unreadable images replaced by others of their class, {paths[0]} "
             "the first; all are in run.json"
         )
+
+    def _print_json(self, values: dict[Any, Any]) -> None:
+        if not self._quiet:
+            print(json.dumps(values))
 
     def _print(self, text: str) -> None:
         self._last_line = time.monotonic()

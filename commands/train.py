@@ -1,12 +1,13 @@
 """`pgt-diag train`: train one run and record its filters."""
 
 import dataclasses
+import os
 import signal
 import sys
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 from typer.core import TyperCommand
@@ -53,6 +54,13 @@ class Resume(StrEnum):
 
     REQUIRED = "required"
     AUTO = "auto"
+
+
+class BatchPer(StrEnum):
+    """What a batch size counts."""
+
+    GLOBAL = "global"
+    PROCESS = "process"
 
 
 class TrainCommand(TyperCommand):
@@ -161,6 +169,20 @@ def train(
     checkpoint_every: int | None = _option(
         "checkpoint_every", "Iterations between checkpoints; by default 5 minutes.", RUN
     ),
+    nproc: int = typer.Option(
+        1,
+        help="Processes that train together, sharing every batch; on GPUs, one for each.",
+        min=1,
+        rich_help_panel=RUN,
+    ),
+    peer_timeout: float = typer.Option(
+        600.0, help="Seconds that a process waits for the others.", min=1.0, rich_help_panel=RUN
+    ),
+    batch_per: BatchPer = typer.Option(
+        BatchPer.GLOBAL,
+        help="Whether --batch-size is that of all processes together, or of each.",
+        rich_help_panel=OPTIMIZATION,
+    ),
     force: bool = typer.Option(
         False, "--force", help="Replace the run in the directory.", rich_help_panel=RUN
     ),
@@ -194,43 +216,99 @@ def train(
     file, file_preset = read_toml(config) if config else ({}, None)
     preset = preset or file_preset
     run_config, used_preset = compose(preset, file, given, source=str(config or ""))
+    processes = _processes(nproc)
+    if batch_per is BatchPer.PROCESS:
+        total = run_config.batch_size * processes
+        run_config = dataclasses.replace(run_config, batch_size=total)
     directory = _run_directory(run_dir, name, run_config, resume)
+    if force and resume is not None:
+        raise ConfigurationError("--resume goes on with a run, and --force replaces it")
+    _check_effect(given, run_config.method)
+    if processes > 1 and not _is_launched() and not dry_run:
+        from pgt_diag.launcher import launch
+
+        started = launch(processes, lambda again: _worker_arguments(directory, again=again), _tell)
+        raise typer.Exit(started)
     # A job scheduler's signal ends the run as Ctrl-C does: with a checkpoint, and code 130.
     stop = StopRequest()
-    point = None
-    if resume is Resume.REQUIRED or (resume is Resume.AUTO and (directory / "run.json").exists()):
-        from pgt_diag.resuming import resume_point
-
-        if force:
-            raise ConfigurationError("--resume goes on with a run, and --force replaces it")
-        point = resume_point(directory)
-        if point.finished:
-            _console(json_output=json_output, preset=None).show_finished(directory)
-            return
-        chosen = {**PRESETS.get(preset, {}), **file, **given} if preset else {**file, **given}
-        run_config = _agreed(point, run_config, chosen)
-    _check_effect(given, run_config.method)
-
     # Late, so that a mistyped option is answered before torch is loaded.
     from pgt_diag import training
+    from pgt_diag.distributed import World
 
-    console = _console(json_output=json_output, preset=used_preset if point is None else None)
-    if dry_run:
-        plan = training.plan(run_config, directory, download=download, force=force, resume=point)
-        console.show_plan(plan)
-        return
-    with console:
-        path = training.train(
-            run_config,
-            directory,
-            listener=console,
-            download=download,
-            force=force,
-            resume=point,
-            stop=stop,
-            command=["pgt-diag", *sys.argv[1:]],
-        )
-    console.show_result(path)
+    with World.join(run_config.device, peer_timeout) as world, stop:
+        point = world.from_first(lambda: _resume_point(directory, resume))
+        console = _console(json_output, None if point else used_preset, first=world.first)
+        if point is not None and point.finished:
+            console.show_finished(directory)
+            return
+        if point is not None:
+            chosen = {**PRESETS.get(preset, {}), **file, **given} if preset else {**file, **given}
+            run_config = _agreed(point, run_config, chosen)
+        if dry_run:
+            plan = training.plan(
+                run_config,
+                directory,
+                download=download,
+                force=force,
+                resume=point,
+                processes=processes,
+            )
+            console.show_plan(plan)
+            return
+        with console:
+            path = training.train(
+                run_config,
+                directory,
+                listener=console,
+                download=download,
+                force=force,
+                resume=point,
+                stop=stop,
+                command=["pgt-diag", *sys.argv[1:]],
+                world=world,
+            )
+        console.show_result(path)
+
+
+def _resume_point(directory: Path, resume: Resume | None) -> "ResumePoint | None":
+    if resume is None or (resume is Resume.AUTO and not (directory / "run.json").exists()):
+        return None
+    from pgt_diag.resuming import resume_point
+
+    return resume_point(directory)
+
+
+def _processes(nproc: int) -> int:
+    """Return how many processes train together: as asked for here, or of torchrun."""
+    if not _is_launched():
+        return nproc
+    started = int(os.environ["WORLD_SIZE"])
+    if nproc not in (1, started):
+        raise ConfigurationError(f"--nproc is {nproc}, and torchrun started {started} processes")
+    return started
+
+
+def _is_launched() -> bool:
+    """Whether this is one of the processes that torchrun, or `--nproc`, has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _worker_arguments(directory: Path, *, again: bool) -> list[str]:
+    """Return the command line of each process: all use one directory."""
+    arguments, left = [], iter(sys.argv[1:])
+    for argument in left:
+        if argument in ("--name", "--run-dir"):
+            next(left)
+        elif not argument.startswith(("--name=", "--run-dir=")) and not (
+            again and (argument == "--force" or argument.startswith("--resume"))
+        ):
+            arguments.append(argument)
+    more = ["--resume=auto"] if again else []
+    return [*arguments, f"--run-dir={directory}", *more]
+
+
+def _tell(line: str) -> None:
+    print(f"pgt-diag: {line}", file=sys.stderr)
 
 
 class StopRequest:
@@ -244,6 +322,14 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._hear)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if _is_launched():
+            # When one process ends, the others get it; at exit it would decide their exit code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def __call__(self) -> bool:
         """Return whether a signal has come."""
         self._asked = True
@@ -252,7 +338,7 @@ class StopRequest:
     def _hear(self, number: int, _: object) -> None:
         if not self._asked or (self._requested and number == signal.SIGINT):
             raise KeyboardInterrupt
-        if not self._requested:
+        if not self._requested and os.environ.get("RANK", "0") == "0":
             print("stopping with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
         self._requested = True
 
@@ -273,10 +359,10 @@ def _agreed(point: "ResumePoint", asked: RunConfig, chosen: dict[str, Any]) -> R
     return dataclasses.replace(point.config, **changes)
 
 
-def _console(*, json_output: bool, preset: Preset | None) -> "TrainingConsole":
+def _console(json_output: bool, preset: Preset | None, *, first: bool) -> "TrainingConsole":
     from commands.console import TrainingConsole
 
-    return TrainingConsole(json_output=json_output, preset=preset)
+    return TrainingConsole(json_output=json_output, preset=preset, quiet=not first)
 
 
 def _given_options(ctx: typer.Context) -> dict[str, Any]:

@@ -40,6 +40,17 @@ class DivergedError(PgtDiagError):
     """The loss became NaN or infinite (exit code 1)."""
 
 
+class PeerError(PgtDiagError):
+    """Another process that trains the same model ended; that one says why.
+
+    Without a message there is nothing to print.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class NoSpaceError(RunDirectoryError):
     """A full disk; what was recorded is intact (exit code 4)."""
 

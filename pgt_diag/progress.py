@@ -24,6 +24,7 @@ class Plan:
     parameters: int
     filters: int
     device: str
+    processes: int
     amp: Amp
     iterations: int
     done: int

@@ -56,6 +56,11 @@ class FilterRecorder:
     `taps` names such a map. A GradScaler's skipped step is no iteration, and its batch is
     forgotten, unless the loop zeroes gradients with `set_to_none=False`.
 
+    Under data parallelism every process makes a recorder, and only the first one (rank 0) writes:
+    give it a checkpoint's state to resume from in all of them, and log values of the whole batch.
+    Activity and GAP features are those of the batch that all processes share; the other
+    processes' `iterations`, `latest` and `diverged_at` say nothing.
+
     Arguments:
         model: the module whose `forward` the loop calls; with DDP, the module inside.
         directory: the run directory to create.
@@ -80,8 +85,8 @@ class FilterRecorder:
             another model or other settings.
         RunDirectoryError: the directory already holds a run, is being written, or lacks what
             `resume` goes on from.
-        RecorderError: under data parallelism; at a step that no training forward pass of `model`
-            preceded, or that takes a closure.
+        RecorderError: at a step that no training forward pass of `model` preceded, or that takes a
+            closure.
     """
 
     def __init__(
@@ -103,12 +108,7 @@ class FilterRecorder:
     ) -> None:
         self.model = model
         self._convolutions = convolutions(model)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1:
-            raise RecorderError(
-                "recording under data parallelism is not built yet: silence would be that of one "
-                "process's share of the batch"
-            )
+        self._rank, self._world = _rank_and_world()
         if not self._convolutions:
             raise ConfigurationError(f"{type(model).__name__} has no convolution to record")
         modules = dict(model.named_modules())
@@ -122,7 +122,9 @@ class FilterRecorder:
         self._min_spell, self._record_every = min_spell, record_every
         self._ratios = (collapsed_ratio, zeroed_ratio)
         self._stop_when_diverged = stop_when_diverged
-        self._initial_norms = torch.empty(self._layers.offsets[-1], device=self._device)
+        self._initial_norms = torch.empty(
+            self._layers.offsets[-1], dtype=torch.float32, device=self._device
+        )
         parts = [self._initial_norms[part] for _, part in self._layers]
         with torch.no_grad():
             filter_norms(self._weights(), parts)
@@ -138,7 +140,13 @@ class FilterRecorder:
             ),
             "settings": settings,
         }
-        if resume is None:
+        self._path = Path(directory).resolve()
+        self._directory: RunDirectory | None = None
+        if resume is not None:
+            self._check_identity(resume)
+        if self._rank:
+            pass  # the first process writes
+        elif resume is None:
             self._directory = RunDirectory.create(
                 Path(directory),
                 force=force,
@@ -151,9 +159,8 @@ class FilterRecorder:
                 },
             )
         else:
-            self._check_identity(resume)
             self._directory = RunDirectory.reopen(Path(directory))
-            self._restore(resume, info or {})
+            self._restore(self._directory, resume, info or {})
         self._convolution_ids = {id(weight) for weight in weights}
         self._index = {name: index for index, name in enumerate(self._layers.names)}
 
@@ -197,7 +204,7 @@ class FilterRecorder:
     @property
     def path(self) -> Path:
         """The run directory."""
-        return self._directory.path
+        return self._path
 
     @property
     def seconds(self) -> float:
@@ -260,11 +267,13 @@ class FilterRecorder:
 
     def update_info(self, values: dict[str, Any]) -> None:
         """Merge entries, plain JSON values, into run.json."""
-        self._directory.update(values)
+        if self._directory is not None:
+            self._directory.update(values)
 
     def log_epoch(self, values: dict[str, Any]) -> None:
         """Append one row to metrics.csv; the first call decides the columns."""
-        self._directory.append_metrics(values)
+        if self._directory is not None:
+            self._directory.append_metrics(values)
 
     def snapshot(
         self, layer: int, images: Tensor, originals: Tensor, labels: Iterable[str]
@@ -276,6 +285,8 @@ class FilterRecorder:
         """
         if not self._step_handles:
             raise RecorderError("snapshot: the recorder is closed")
+        if self._directory is None:
+            return
         began = time.perf_counter()
         name = self._layers.names[layer]
         maps = self._observer.capture(name, images.to(self._device))
@@ -303,7 +314,7 @@ class FilterRecorder:
             "steps": self._steps,
             "seconds": self.seconds,
             "training_seconds": self._training_seconds,
-            "directory": self._directory.state_dict(),
+            "directory": self._directory.state_dict() if self._directory is not None else None,
             "encoder": encoder,
         }
         tensors: dict[str, Any] = _with_tensors(state)
@@ -327,10 +338,12 @@ class FilterRecorder:
                     complete = status in ("finished", "diverged")
                     sealed = self._writer.close(complete=complete)
         except BaseException as error:
-            self._directory.finish("failed", f"recording stopped: {error}")
+            if self._directory is not None:
+                self._directory.finish("failed", f"recording stopped: {error}")
             raise
-        self._directory.update({"overhead": self._overhead(), "iterations": self.iterations})
-        self._directory.finish(status, message, sealed)
+        if self._directory is not None:
+            self._directory.update({"overhead": self._overhead(), "iterations": self.iterations})
+            self._directory.finish(status, message, sealed)
 
     def _close_at_exit(self) -> None:
         self.close("interrupted", "the process ended before the recorder was closed")
@@ -370,6 +383,8 @@ class FilterRecorder:
         self._gap_unseen = True
 
     def _open_run(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap) -> None:
+        if self._directory is None:
+            return
         layers = [
             asdict(
                 Layer(
@@ -384,11 +399,11 @@ class FilterRecorder:
         ]
         self._directory.update({"gap_source": str(gap_tap), "layers": layers})
         if self._writer is None:
-            self._start_writer(None)
+            self._start_writer(self._directory, None)
 
-    def _start_writer(self, state: Mapping[str, Any] | None) -> None:
+    def _start_writer(self, directory: RunDirectory, state: Mapping[str, Any] | None) -> None:
         encoder = TraceEncoder(
-            self._directory.path,
+            directory.path,
             self._layers,
             self._initial_norms.cpu().numpy(),
             record_every=self._record_every,
@@ -409,7 +424,9 @@ class FilterRecorder:
                 detail = f"{theirs}, not {mine}" if kind == "settings" else "other convolutions"
                 raise ConfigurationError(f"the recorder's state is of other {kind}: {detail}")
 
-    def _restore(self, resume: Mapping[str, Any], info: dict[str, Any]) -> None:
+    def _restore(
+        self, directory: RunDirectory, resume: Mapping[str, Any], info: dict[str, Any]
+    ) -> None:
         encoder = resume["encoder"] or {"iterations": 0, "event_count": 0, "last_stored": -1}
         ends = {
             trace.NORMS_FOLDER: int(encoder["last_stored"]) + 1,
@@ -418,18 +435,18 @@ class FilterRecorder:
             trace.BRIEF_SPELLS_FOLDER: 0,
         }
         try:
-            self._directory.restore(resume["directory"], ends, ends[trace.ITERATIONS_FOLDER])
-            self._directory.update(info)
+            directory.restore(resume["directory"], ends, ends[trace.ITERATIONS_FOLDER])
+            directory.update(info)
         except BaseException:
-            self._directory.unlock()
+            directory.unlock()
             raise
 
     def _go_on(self, resume: Mapping[str, Any]) -> None:
         self._steps = int(resume["steps"])
         self._seconds = float(resume["seconds"])
         self._earlier_seconds = float(resume["training_seconds"])
-        if resume["encoder"] is not None:
-            self._start_writer(_with_arrays(resume["encoder"]))
+        if resume["encoder"] is not None and self._directory is not None:
+            self._start_writer(self._directory, _with_arrays(resume["encoder"]))
 
     @torch.no_grad()
     def _before_step(
@@ -443,6 +460,9 @@ class FilterRecorder:
         began = time.perf_counter()
         assert self._ring is not None
         row = self._ring.row
+        self._share_activity(row)
+        if self._rank:
+            return
         scale = getattr(optimizer, "grad_scale", None)
         self._write_gradient_norms(row, scale)
         told = {
@@ -455,17 +475,22 @@ class FilterRecorder:
                 row.scalars[index] = told[name]
         for name, factors in told.get("clip_factors", {}).items():
             row.clip_factors_of[self._index[name]].copy_(factors)
-        for name in self._unseen:
-            row.activity_of[self._index[name]].fill_(torch.nan)
-        if self._gap_unseen:
-            row.gap.fill_(torch.nan)
-        self._forget_seen()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips the step on the device: only the writer learns of it.
             row.skipped.copy_(found_inf)
         self._told = {}
         self._seconds += time.perf_counter() - began
+
+    def _share_activity(self, row: Row) -> None:
+        """Complete what the hooks have added up: over all processes, and unknown where unseen."""
+        for name in self._unseen:
+            row.activity_of[self._index[name]].fill_(torch.nan)
+        if self._gap_unseen:
+            row.gap.fill_(torch.nan)
+        self._forget_seen()
+        if self._world > 1:
+            torch.distributed.all_reduce(row.shared)
 
     def _check_step(self, arguments: list[Any]) -> None:
         """Raise RecorderError for a step whose measurements would be wrong."""
@@ -489,7 +514,8 @@ class FilterRecorder:
     def _after_step(self, *_: object) -> None:
         began = time.perf_counter()
         assert self._ring is not None
-        filter_norms(self._weights(), self._ring.row.weight_norms_of)
+        if not self._rank:
+            filter_norms(self._weights(), self._ring.row.weight_norms_of)
         self._steps += 1
         if self._ring.advance() or time.monotonic() - self._handed_over > _HANDOVER_SECONDS:
             self._hand_over()
@@ -530,9 +556,10 @@ class FilterRecorder:
 
     def _hand_over(self) -> None:
         """Give the finished rows to the writer, and go on in the other half of the ring."""
-        if self._ring is None or self._writer is None:
+        if self._ring is None:
             return
-        if block := self._ring.take():
+        block = self._ring.take()
+        if block is not None and self._writer is not None:
             self._writer.submit(block)
         self._handed_over = time.monotonic()
 
@@ -545,6 +572,12 @@ class FilterRecorder:
     @property
     def _training_seconds(self) -> float:
         return self._earlier_seconds + time.perf_counter() - self._started
+
+
+def _rank_and_world() -> tuple[int, int]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _check_names(kind: str, known: Iterable[str], names: Iterable[str]) -> None:

@@ -66,6 +66,8 @@ class Row:
         self.clip_factors = values[layout.clip_factors]
         self.activity = values[layout.activity]
         self.gap = values[layout.gap]
+        self.shared = values[layout.activity.start : layout.gap.stop]
+        """What adds up over processes that share a batch: activity and GAP features."""
         self.scalars = values[layout.scalars]
         self.skipped = values[layout.skipped]
         self.weight_norms_of = [self.weight_norms[part] for part in layers]
@@ -90,7 +92,7 @@ class Ring:
         unseen: Sequence[int],
     ) -> None:
         self.layout = layout
-        blank = torch.full((layout.width,), torch.nan, device=device)
+        blank = torch.full((layout.width,), torch.nan, dtype=torch.float32, device=device)
         for part in (layout.activity, layout.gap, layout.skipped):
             blank[part] = 0
         for index in unseen:

@@ -1,15 +1,17 @@
 """One iteration of training: forward and backward, clipping, the optimizer's step."""
 
 import math
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import Amp, RunConfig
+from pgt_diag.distributed import World
 from pgt_diag.errors import DivergedError
 from pgt_diag.powergrad import PowerGradCrossEntropyLoss
 from pgt_diag.recorder import FilterRecorder
@@ -63,16 +65,18 @@ class TrainingStep:
         recorder: FilterRecorder,
         *,
         scaler: torch.amp.GradScaler,
-        device: torch.device,
+        world: World,
         amp: Amp,
         directory: Path,
     ) -> None:
         self._config = config
         self._model = model
+        self._parallel = world.parallel(model)
+        self._world = world
         self._optimizer = optimizer
         self._recorder = recorder
         self._scaler = scaler
-        self._device = device
+        self._device = world.device
         self._amp = amp
         self._directory = directory
         self._agc_parameters = agc_parameters(model, config.agc_classifier)
@@ -84,7 +88,8 @@ class TrainingStep:
     def __call__(self, images: Tensor, target: Tensor, lr: float) -> Tensor:
         """Make one iteration; return (Σ loss, correct predictions) of the batch, on the device.
 
-        images: (B, 3, S, S) float32, target: (B,) int64, on the device; the result is (2,) float64.
+        images: (B, 3, S, S) float32, target: (B,) int64: this process's share, on the device. The
+        result is (2,) float64, of the whole batch.
 
         Raises DivergedError, on a CPU, when the loss is NaN or infinite; the weights are as before.
         """
@@ -95,24 +100,34 @@ class TrainingStep:
         self._optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         count = self._config.accumulate
-        for part, part_target in zip(images.chunk(count), target.chunk(count), strict=True):
-            sums += self._accumulate(part, part_target, len(target))
+        parts = list(zip(images.chunk(count), target.chunk(count), strict=True))
+        for index, (part, part_target) in enumerate(parts):
+            with self._averaging(last=index == len(parts) - 1):
+                sums += self._accumulate(part, part_target)
+        self._world.sum_(sums)
+        if self._device.type == "cpu" and not math.isfinite(sums[0]):
+            raise diverged(self._recorder.steps, self._directory)
         self._scaler.unscale_(self._optimizer)
         self._clip()
-        loss, correct = sums / len(target)
+        loss, correct = sums / self._config.batch_size
         self._recorder.log(loss=loss, accuracy=100 * correct)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return sums
 
-    def _accumulate(self, images: Tensor, target: Tensor, batch_size: int) -> Tensor:
+    def _averaging(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Return a part's context: only in the last one the processes exchange gradients."""
+        if last or not isinstance(self._parallel, DistributedDataParallel):
+            return nullcontext()
+        return self._parallel.no_sync()
+
+    def _accumulate(self, images: Tensor, target: Tensor) -> Tensor:
         """Add the gradient of the batch's mean loss that a part of it makes; return its sums."""
         with autocast(self._device, self._amp):
-            logits = self._model(images)
+            logits = self._parallel(images)
             loss = self._loss(logits, target)
-        if self._device.type == "cpu" and not math.isfinite(loss.item()):
-            raise diverged(self._recorder.steps, self._directory)
-        share = len(target) / batch_size
+        # What the processes have is averaged, so that their shares add up to their number.
+        share = len(target) * self._world.size / self._config.batch_size
         self._scaler.scale(loss if share == 1 else loss * share).backward()
         correct = (logits.detach().argmax(1) == target).sum()
         return torch.stack((loss.detach().double() * len(target), correct.double()))

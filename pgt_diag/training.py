@@ -20,9 +20,11 @@ import pgt_diag
 from pgt_diag import checkpoint
 from pgt_diag.activations import convolutions
 from pgt_diag.checkpoint import KEPT
-from pgt_diag.config import Amp, Device, RunConfig
-from pgt_diag.data import load_data
+from pgt_diag.config import Amp, RunConfig
+from pgt_diag.data import ImageData, load_data
+from pgt_diag.data.base import random_number
 from pgt_diag.directory import check_vacant
+from pgt_diag.distributed import World, resolve_device
 from pgt_diag.encoder import default_record_every
 from pgt_diag.errors import (
     ConfigurationError,
@@ -50,12 +52,14 @@ def train(
     resume: ResumePoint | None = None,
     stop: Callable[[], bool] = lambda: False,
     command: Sequence[str] | None = None,
+    world: World | None = None,
 ) -> Path:
     """Train and record one run in `directory`; return its path.
 
     resume: go on from there (`pgt_diag.resuming.resume_point`) instead of starting a run; the
     result is the same, on a CPU to the bit. stop: asked after every iteration; when it says so, a
-    checkpoint is written and KeyboardInterrupt raised.
+    checkpoint is written and KeyboardInterrupt raised. world: the processes that train together,
+    each of which calls this function with the same arguments; by default this one alone.
 
     Raises ConfigurationError, DataError or RunDirectoryError before anything is written,
     NoSpaceError also when the disk cannot hold the run, and DivergedError when the loss becomes
@@ -64,11 +68,15 @@ def train(
     """
     directory = Path(directory)
     state = resume.state if resume is not None else None
-    if resume is None:
-        check_vacant(directory, force=force)
-    session = _Session(config, directory, download=download)
-    session.check_space(new=state is None)
-    session.record(force=force, command=command, resume=resume)
+    world = world or World(0, 1, resolve_device(config.device))
+    with world.together():
+        if resume is None and world.first:
+            check_vacant(directory, force=force)
+        session = _Session(config, directory, world, download=download)
+        if world.first:
+            session.check_space(new=state is None)
+    with world.together():
+        session.record(force=force, command=command, resume=resume)
     return session.run(listener or Listener(), stop, resume)
 
 
@@ -79,22 +87,18 @@ def plan(
     download: bool = False,
     force: bool = False,
     resume: ResumePoint | None = None,
+    processes: int = 1,
 ) -> Plan:
-    """Return what `train` would do, having checked everything it checks, and write nothing."""
+    """Return what `train` would do, having checked everything it checks, and write nothing.
+
+    processes: how many would train together.
+    """
     if resume is None:
         check_vacant(Path(directory), force=force)
-    session = _Session(config, Path(directory), download=download)
+    world = World(0, processes, resolve_device(config.device))
+    session = _Session(config, Path(directory), world, download=download and processes == 1)
     session.check_space(new=resume is None or resume.state is None)
     return session.plan(resume)
-
-
-def resolve_device(device: Device) -> torch.device:
-    """Return the torch device; ConfigurationError when a GPU is asked for and absent."""
-    if device is Device.AUTO:
-        device = Device.CUDA if torch.cuda.is_available() else Device.CPU
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise ConfigurationError("device is cuda and torch sees no CUDA GPU; use cpu or auto")
-    return torch.device(device.value)
 
 
 def resolve_amp(amp: Amp, device: torch.device) -> Amp:
@@ -172,25 +176,47 @@ class _Session:
     recorder: FilterRecorder
     step: TrainingStep
 
-    def __init__(self, config: RunConfig, directory: Path, *, download: bool) -> None:
+    def __init__(self, config: RunConfig, directory: Path, world: World, *, download: bool) -> None:
         self.config = config
         self.directory = directory
-        self.device = resolve_device(config.device)
+        self.world = world
+        self.device = world.device
         self.amp = resolve_amp(config.amp, self.device)
+        self._check_shares()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(mode=True)
-        self.data = load_data(config, device=self.device, download=download)
+        self.data = self._load_data(download=download)
         self.iterations = self.data.batches_per_epoch * config.epochs
         self.model = self._build_model()
+        if self.world.rank:
+            # Dropout of its own; the weights are the first process's.
+            torch.manual_seed(random_number("process", config.seed, self.world.rank))
         self.optimizer = build_optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is Amp.FP16)
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         self.position = _Position(epoch=0, batch=0, sums=sums)
         self.meter = Meter(config.batch_size, self.data.batches_per_epoch, config.epochs)
         self.bad_images: dict[str, dict[str, str]] = {}
+
+    def _check_shares(self) -> None:
+        config, size = self.config, self.world.size
+        if config.batch_size < size * config.accumulate:
+            raise ConfigurationError(
+                f"batch_size is {config.batch_size}: {size} processes, with accumulate "
+                f"{config.accumulate}, need at least {size * config.accumulate} images"
+            )
+
+    def _load_data(self, *, download: bool) -> ImageData:
+        if download and self.world.size > 1:
+            self.world.from_first(self._fetch_data)
+            download = False
+        return load_data(self.config, device=self.device, download=download, shard=self.world.shard)
+
+    def _fetch_data(self) -> None:
+        load_data(self.config, download=True)
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -261,7 +287,7 @@ class _Session:
         """Create the run directory, or go on from a checkpoint; attach the recorder."""
         config = self.config
         state = resume.state if resume is not None else None
-        here = {"environment": environment(self.device), "amp": self.amp.value}
+        here = {"environment": self._environment(), "amp": self.amp.value}
         info: dict[str, Any] = {"config": config.to_mapping(), **here}
         if state is None:
             info |= {
@@ -296,18 +322,8 @@ class _Session:
             raise RunDirectoryError(
                 f"{self.directory}: its checkpoint does not fit this run: {reason}"
             ) from None
-        self.step = TrainingStep(
-            self.config,
-            self.model,
-            self.optimizer,
-            self.recorder,
-            scaler=self.scaler,
-            device=self.device,
-            amp=self.amp,
-            directory=self.directory,
-        )
         self._saved = time.monotonic()
-        if resume is not None and resume.checkpoint is not None:
+        if resume is not None and resume.checkpoint is not None and self.world.first:
             checkpoint.set_aside_newer(self.directory, resume.checkpoint)
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -328,9 +344,11 @@ class _Session:
         if metrics and metrics.partition("\n")[0].split(",") != list(EPOCH_COLUMNS):
             raise ValueError("its metrics have other columns")
         # Nothing from here to the first iteration may draw from these.
-        torch.set_rng_state(state["random"]["cpu"])
-        if self.device.type == "cuda" and state["random"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
+        if self.world.rank < len(state["random"]):
+            random = state["random"][self.world.rank]
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and random["cuda"] is not None:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
 
     def _load_optimizer(self, state: Mapping[str, Any], steps: int) -> None:
         """Load its state; ValueError for one that a step would fail with, or train otherwise."""
@@ -351,6 +369,10 @@ class _Session:
         recorder = self.recorder.state_dict()
         self._check_divergence()
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        random = self.world.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
+        self._saved = time.monotonic()
+        if not self.world.first:
+            return
         checkpoint.save(
             self.directory,
             self.recorder.steps,
@@ -359,7 +381,7 @@ class _Session:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
-                "random": {"cpu": torch.get_rng_state(), "cuda": cuda},
+                "random": random,
                 "position": self.position.state_dict(),
                 "meter": self.meter.state_dict(self.recorder.seconds),
                 "recorder": recorder,
@@ -369,24 +391,40 @@ class _Session:
         self._saved = time.monotonic()
 
     def _save_when_due(self, stop: Callable[[], bool]) -> None:
-        """Write a checkpoint now and then, and before stopping when asked to."""
-        every = self.config.checkpoint_every
-        due = (
-            self.recorder.steps % every == 0
-            if every
-            else time.monotonic() - self._saved > _CHECKPOINT_SECONDS
-        )
-        stopping = stop()
+        """Write a checkpoint now and then, and before stopping when asked to.
+
+        Raises DivergedError when the recorder has found that the loss was NaN or infinite.
+        """
+        waited = time.monotonic() - self._saved > _CHECKPOINT_SECONDS
+        failed = self.recorder.diverged_at is not None
+        stopping, due, failed = self.world.exchange([stop(), waited, failed])
+        if failed:
+            self._check_divergence()
+        if every := self.config.checkpoint_every:
+            due = self.recorder.steps % every == 0
         if due or stopping:
             self._save_checkpoint()
         if stopping:
             raise KeyboardInterrupt
+
+    def _training_step(self) -> TrainingStep:
+        return TrainingStep(
+            self.config,
+            self.model,
+            self.optimizer,
+            self.recorder,
+            scaler=self.scaler,
+            world=self.world,
+            amp=self.amp,
+            directory=self.directory,
+        )
 
     def run(self, listener: Listener, stop: Callable[[], bool], resume: ResumePoint | None) -> Path:
         status: Ending = "failed"
         message: str | None = None
         try:
             listener.started(self.plan(resume))
+            self.step = self._training_step()
             self._run_epochs(listener, stop)
             status = "finished"
         except KeyboardInterrupt:
@@ -405,7 +443,8 @@ class _Session:
 
     def _record_bad_images(self, listener: Listener) -> None:
         """Put the images that others were used for into run.json."""
-        found = {image.path: asdict(image) for image in self.data.bad_images}
+        everybody = self.world.gather(self.data.bad_images)
+        found = {image.path: asdict(image) for images in everybody for image in images}
         if not found.keys() <= self.bad_images.keys():
             self.bad_images = dict(sorted({**self.bad_images, **found}.items()))
             self.recorder.update_info({"bad_images": list(self.bad_images.values())})
@@ -428,6 +467,7 @@ class _Session:
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             filters=sum(layer.out_channels for layer in convolutions(self.model).values()),
             device=environment(self.device)["device"],
+            processes=self.world.size,
             amp=self.amp,
             iterations=self.iterations,
             done=done,
@@ -435,15 +475,18 @@ class _Session:
             notes=notes,
         )
 
+    def _environment(self) -> dict[str, Any]:
+        return {**environment(self.device), "processes": self.world.size}
+
     def _differences(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """Say what is no longer as it was, and keeps the result from being exact to the bit."""
         earlier = json.loads(state["recorder"]["directory"]["info"])
         before = {**earlier["environment"], "amp": earlier["amp"]}
-        now = {**environment(self.device), "amp": self.amp.value}
+        now = {**self._environment(), "amp": self.amp.value}
         return tuple(
             f"{key} was {before.get(key)}, and is {now[key]} now: the result will be close to that "
             "of an undisturbed run, not the same to the bit"
-            for key in ("torch", "device", "threads", "amp")
+            for key in ("torch", "device", "threads", "amp", "processes")
             if before.get(key) != now[key]
         )
 
@@ -452,7 +495,7 @@ class _Session:
         snapshots = {step for step in self._snapshot_iterations() if step >= steps}
         meter, position = self.meter, self.position
         meter.start(steps)
-        if not checkpoint.found_in(self.directory):
+        if self.world.from_first(lambda: not checkpoint.found_in(self.directory)):
             self._save_checkpoint()
         while position.epoch < self.config.epochs:
             meter.start_epoch(self.recorder.seconds)
@@ -462,7 +505,6 @@ class _Session:
                     snapshots.discard(self.recorder.steps)
                 position.sums += self._step(images, target)
                 position.batch += 1
-                self._check_divergence()
                 listener.iterated(meter.progress(position.epoch, self.recorder))
                 self._save_when_due(stop)
             metrics = meter.finish_epoch(position.sums, self.recorder)
@@ -512,18 +554,22 @@ class _Session:
             loss = nn.functional.cross_entropy(logits, target, reduction="sum")
             correct = (logits.argmax(1) == target).sum()
             sums += torch.stack((loss.double(), correct.double()))
-            if stop():
+            if any(self.world.exchange([stop()])):
                 self._save_checkpoint()
                 raise KeyboardInterrupt
         self.model.train()
+        self.world.sum_(sums)
         loss_sum, correct_sum = (sums / self.data.test_size).tolist()
         return loss_sum, 100 * correct_sum
 
     def _check_divergence(self) -> None:
-        if self.recorder.diverged_at is not None:
-            raise diverged(self.recorder.diverged_at, self.directory)
+        at = self.world.from_first(lambda: self.recorder.diverged_at)
+        if at is not None:
+            raise diverged(at, self.directory)
 
     def _snapshot(self) -> None:
+        if not self.world.first:
+            return
         config = self.config
         images, originals, target = self.data.sample_images(config.feature_map_images)
         labels = [self.data.classes[index] for index in target.tolist()]

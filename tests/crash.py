@@ -766,7 +766,7 @@ def checkpoint_hash_not_checked() -> None:
 def random_state_left_out() -> None:
     import torch
 
-    _edit_checkpoint(lambda state: state["random"].update(cpu=torch.get_rng_state()))
+    _edit_checkpoint(lambda state: state["random"][0].update(cpu=torch.get_rng_state()))
 
 
 @_mutant

@@ -42,7 +42,7 @@ def contents(path: Path) -> dict[str, Any]:
         values[f"weight {name}"] = tensor.numpy()
     for index, buffers in state["optimizer"]["state"].items():
         values[f"momentum {index}"] = buffers["momentum_buffer"].numpy()
-    values["random numbers"] = state["random"]["cpu"].numpy()
+    values["random numbers"] = [each["cpu"].tolist() for each in state["random"]]
     info = json.loads((path / "run.json").read_text())
     values |= {key: info[key] for key in ("config", "layers", "gap_source", "planned_iterations")}
     return values

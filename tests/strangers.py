@@ -220,7 +220,7 @@ def checkpoint_edit(edit: Callable[[dict[str, Any]], Any]) -> Change:
     return change
 
 
-def in_checkpoint(*path: str, value: Any) -> Change:
+def in_checkpoint(*path: str | int, value: Any) -> Change:
     """Return the change of one entry of every checkpoint."""
 
     def edit(state: dict[str, Any]) -> None:
@@ -792,12 +792,12 @@ def checkpoint_changes(witness: Path) -> dict[str, Change]:
             lambda s: [weight.fill_(float("nan")) for weight in s["model"].values()]
         ),
         "random numbers of another size": in_checkpoint(
-            "random", "cpu", value=torch.zeros(3, dtype=torch.uint8)
+            "random", 0, "cpu", value=torch.zeros(3, dtype=torch.uint8)
         ),
         "random numbers of zeros": in_checkpoint(
-            "random", "cpu", value=torch.zeros(5056, dtype=torch.uint8)
+            "random", 0, "cpu", value=torch.zeros(5056, dtype=torch.uint8)
         ),
-        "random numbers of text": in_checkpoint("random", "cpu", value="x"),
+        "random numbers of text": in_checkpoint("random", 0, "cpu", value="x"),
         "a scaler of text": in_checkpoint("scaler", value="x"),
     }  # fmt: skip
 

@@ -187,17 +187,6 @@ def test_a_step_that_cannot_be_recorded_says_why(tmp_path: Path) -> None:
     assert (info["note"], info["status"]) == (1, "finished")
 
 
-def test_data_parallel_training_is_refused_rather_than_recorded_wrongly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    model = small_net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RecorderError, match="data parallelism"):
-        pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer)
-
-
 def test_a_second_writer_is_refused_even_with_force(tmp_path: Path) -> None:
     model = small_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

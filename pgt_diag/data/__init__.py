@@ -7,19 +7,25 @@ from pgt_diag.data.base import BadImage, ImageData
 from pgt_diag.data.folder import FolderData
 from pgt_diag.data.memory import InMemoryData
 from pgt_diag.data.sources import read_images
+from pgt_diag.distributed import ALL, Shard
 from pgt_diag.errors import ConfigurationError
 
 __all__ = ["BadImage", "ImageData", "load_data"]
 
 
 def load_data(
-    config: RunConfig, *, device: torch.device | str = "cpu", download: bool = False
+    config: RunConfig,
+    *,
+    device: torch.device | str = "cpu",
+    download: bool = False,
+    shard: Shard = ALL,
 ) -> ImageData:
     """Open the data set that a configuration names.
 
     Small data sets are read whole and kept on `device` as uint8; `imagefolder` only lists its
     files, so a damaged image is found when its batch is read. `download` fetches fashion-mnist
-    and the CIFARs if they are not there yet.
+    and the CIFARs if they are not there yet. `shard` is this process's share where several train
+    together.
 
     Raises DataError when the data is missing, incomplete or damaged, and ConfigurationError when
     the configuration does not fit it (a batch larger than the training set, a folder given to a
@@ -27,7 +33,7 @@ def load_data(
     """
     device = torch.device(device)
     if config.dataset is not DatasetName.IMAGEFOLDER:
-        return InMemoryData(config, device, read_images(config, download=download))
+        return InMemoryData(config, device, read_images(config, download=download), shard)
     if download:
         raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
-    return FolderData(config, device)
+    return FolderData(config, device, shard)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pgt_diag.config import Augment, DatasetName, RunConfig
+from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 
 
@@ -70,10 +71,11 @@ class ImageData(ABC):
     """Training and test images of one data set, in batches.
 
     Batches are pairs on the training device: images (B, 3, S, S) float32, normalised by the data
-    set's mean and standard deviation, and target (B,) int64.
+    set's mean and standard deviation, and target (B,) int64. With a `shard` they are one process's
+    share of every training batch, and of the test images.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, facts: Facts) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, facts: Facts, shard: Shard) -> None:
         self.name = config.dataset.value
         self.classes = facts.classes
         self.image_size = facts.image_size
@@ -84,12 +86,17 @@ class ImageData(ABC):
         self.device = device
         self.seed = config.seed
         self._facts = facts
+        self._shard = shard
         self._mean = _per_channel(facts.mean, device)
         self._std = _per_channel(facts.std, device)
         if self.batch_size > self.train_size:
             raise ConfigurationError(
                 f"batch_size is {self.batch_size}, but {self.name} has only {self.train_size} "
                 "training images"
+            )
+        if self.test_size < shard.world:
+            raise ConfigurationError(
+                f"{self.name} has only {self.test_size} test images for {shard.world} processes"
             )
 
     @property
@@ -164,6 +171,22 @@ class ImageData(ABC):
         """Return the image indices of an epoch, (batches_per_epoch · batch_size,) int64."""
         order = torch.randperm(self.train_size, generator=seeded("order", self.seed, epoch))
         return order[: self.batches_per_epoch * self.batch_size]
+
+    def _train_parts(self, order: Tensor, start: int) -> list[Tensor]:
+        """Return the share of an epoch's `order` that is this process's, batch by batch."""
+        batches = torch.split(order, self.batch_size)
+        return [self._shard.of(batch) for batch in batches[start:]]
+
+    def _test_parts(self) -> list[Tensor]:
+        """Return the test images' indices in batches; each image is one process's.
+
+        All processes have equally many batches, and none is empty.
+        """
+        indices = torch.arange(self.test_size)
+        if self._shard.world == 1:
+            return list(torch.split(indices, self.batch_size))
+        count = max(1, self.test_size // self.batch_size)
+        return list(torch.tensor_split(self._shard.of(indices), count))
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 (B, 3, S, S) or gray (B, 1, S, S) into normalised float32 (B, 3, S, S)."""

@@ -14,6 +14,7 @@ from pgt_diag.data.listing import list_splits
 from pgt_diag.data.loading import BatchLoader, Sample
 from pgt_diag.data.memory import small_padding
 from pgt_diag.data.sources import data_folder
+from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +36,7 @@ class FolderData(ImageData):
     `test_size` images, in which the replacement then counts twice. `bad_images` has them all.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, shard: Shard) -> None:
         root = data_folder(config)
         if root is None:
             raise ConfigurationError("dataset is imagefolder; name its folder with --data DIR")
@@ -62,7 +63,7 @@ class FolderData(ImageData):
             split=f"the folders train and {test_name}",
             source=readable(str(root)),
         )
-        super().__init__(config, device, facts)
+        super().__init__(config, device, facts, shard)
 
     @property
     def bad_images(self) -> tuple[BadImage, ...]:
@@ -71,11 +72,11 @@ class FolderData(ImageData):
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches from batch `start` on; see `ImageData.train_batches`."""
-        return self._batches(epoch, self._epoch_order(epoch)[start * self.batch_size :])
+        return self._batches(epoch, self._train_parts(self._epoch_order(epoch), start))
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every test image once, class by class; see `ImageData.test_batches`."""
-        return self._batches(None, torch.arange(self.test_size))
+        return self._batches(None, self._test_parts())
 
     def close(self) -> None:
         """End the worker processes; see `ImageData.close`."""
@@ -87,9 +88,11 @@ class FolderData(ImageData):
             self._note(bad)
         return torch.stack([image for image, _, _ in samples])
 
-    def _batches(self, epoch: int | None, order: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = (part.tolist() for part in torch.split(order, self.batch_size) if len(part))
-        for images, target, bad in self._loader.batches((epoch, part) for part in parts):
+    def _batches(
+        self, epoch: int | None, parts: Iterable[Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        requests = ((epoch, part.tolist()) for part in parts)
+        for images, target, bad in self._loader.batches(requests):
             self._note(bad)
             decoded = images.to(self.device, non_blocking=True)
             yield self._normalise(decoded), target.to(self.device, non_blocking=True)

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from pgt_diag.config import Augment, RunConfig
 from pgt_diag.data.base import Facts, ImageData, chosen_augmentation, seeded
+from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 
 _CHUNK = 4096
@@ -31,7 +32,9 @@ class RawImages:
 class InMemoryData(ImageData):
     """A whole data set on the training device as uint8, resized once, augmented per batch."""
 
-    def __init__(self, config: RunConfig, device: torch.device, raw: RawImages) -> None:
+    def __init__(
+        self, config: RunConfig, device: torch.device, raw: RawImages, shard: Shard
+    ) -> None:
         if chosen_augmentation(config) is Augment.IMAGENET:
             raise ConfigurationError(
                 f"augment is imagenet and dataset is {config.dataset}; use small or none"
@@ -42,7 +45,7 @@ class InMemoryData(ImageData):
         facts = Facts(
             raw.classes, size, len(train), raw.test_target, mean, std, raw.split, raw.source
         )
-        super().__init__(config, device, facts)
+        super().__init__(config, device, facts, shard)
         self._train = train.to(device)
         self._train_target = raw.train_target.to(device)
         self._test = resize(raw.test_images, size).to(device)
@@ -50,10 +53,9 @@ class InMemoryData(ImageData):
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches from batch `start` on; see `ImageData.train_batches`."""
-        order = self._epoch_order(epoch).to(self.device)
         augment = CropAndFlip(self, epoch) if self.augment is Augment.SMALL else None
-        for batch in range(start, self.batches_per_epoch):
-            chosen = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        order = self._epoch_order(epoch).to(self.device)
+        for chosen in self._train_parts(order, start):
             images = self._train[chosen]
             if augment:
                 images = augment(images, chosen)
@@ -61,13 +63,9 @@ class InMemoryData(ImageData):
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every test image once, in the data set's own order."""
-        batches = zip(
-            torch.split(self._test, self.batch_size),
-            torch.split(self._test_target, self.batch_size),
-            strict=True,
-        )
-        for images, target in batches:
-            yield self._normalise(images), target
+        for part in self._test_parts():
+            chosen = part.to(self.device)
+            yield self._normalise(self._test[chosen]), self._test_target[chosen]
 
     def _test_originals(self, indices: Tensor) -> Tensor:
         return self._test[indices.to(self.device)].expand(-1, 3, -1, -1).cpu()

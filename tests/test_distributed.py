@@ -1,0 +1,316 @@
+"""Several processes train one model: as one process would, and whatever happens to them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from PIL import Image
+from runs import contents, difference
+from sweeps import ROOT, TINY
+
+from pgt_diag import checkpoint, training
+from pgt_diag.config import RunConfig
+from pgt_diag.distributed import Shard
+from pgt_diag.errors import ConfigurationError
+from pgt_diag.run import load_run
+
+CASES: dict[str, dict[str, Any]] = {
+    "baseline": {"values": {"label_smoothing": 0.1}},
+    "pgt": {"values": {"method": "pgt"}},
+    "gc+pgt": {"values": {"method": "gc+pgt", "clip_norm": 0.5}},
+    "agc+pgt": {"values": {"method": "agc+pgt", "batch_size": 25, "accumulate": 3}},
+}
+PARTIAL: dict[str, Any] = {"method": "agc", "checkpoint_every": 40}
+FOLDER: dict[str, Any] = {
+    "dataset": "imagefolder",
+    "image_size": 8,
+    "augment": "none",
+    "bad_images": "skip",
+    "batch_size": 6,
+    "epochs": 1,
+}
+OPTIONS = [
+    f"--{key.replace('_', '-')}={value}"
+    for key, value in {**TINY, "epochs": 4, "batch_size": 9}.items()
+]
+
+
+def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *map(str, arguments),
+        ],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pgt_diag", "train", *OPTIONS, "--run-dir=run", *arguments]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("--nproc=2", *arguments),
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str, cwd: Path) -> tuple[int, str]:
+    process = start(*arguments, cwd=cwd)
+    out, errors = process.communicate(timeout=300)
+    assert "Traceback" not in errors, errors
+    return process.returncode, out + errors
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def recorded(path: Path) -> bool:
+    """Whether some iterations of a run are on disk."""
+    return any((path / "iterations").glob("part-*"))
+
+
+def children(process: int) -> list[int]:
+    listing = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    found = [int(each) for each in listing]
+    return [each for each in found if b"pgt_diag" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+def is_running(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noise; two of its files are no images."""
+    root = tmp_path_factory.mktemp("images")
+    for split, number in (("train", 18), ("val", 4)):
+        for name in ("a", "b"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(number):
+                noise = np.random.default_rng(index).integers(256, size=(9, 9, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(folder / f"{index}.png")
+    for name in ("a/7.png", "b/3.png"):
+        (root / "train" / name).write_bytes(b"no image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Runs that two processes made; "from one" was begun by this one, and "from two" by two."""
+    folder = tmp_path_factory.mktemp("shared")
+    ranks.train(folder / "from one", PARTIAL, stop_at=100)
+    cases = {
+        **CASES,
+        "folder": {"values": {**FOLDER, "data": str(images)}},
+        "from one": {"values": PARTIAL},
+        "from two": {"values": PARTIAL, "stop_at": 100},
+    }
+    done = torchrun(ROOT / "tests" / "ranks.py", folder, json.dumps(cases), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert load_run(folder / "from two").status == "interrupted"
+    assert load_run(folder / "from two").iteration_count > 0
+    ranks.train(folder / "from two", PARTIAL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes record that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    code, told = run(cwd=folder)
+    assert code == 0, told
+    return contents(folder / "run")
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    [newest] = checkpoint.found_in(path)
+    state = checkpoint.load(newest)
+    return {**state["model"], **dict(momenta(state))}
+
+
+def momenta(state: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    buffers = state["optimizer"]["state"].items()
+    return [(f"momentum {index}", each["momentum_buffer"]) for index, each in buffers]
+
+
+@pytest.mark.parametrize("name", [*CASES, "from one", "from two"])
+def test_two_processes_train_and_record_what_one_does(
+    shared: Path, tmp_path: Path, name: str
+) -> None:
+    values = CASES[name]["values"] if name in CASES else PARTIAL
+    ranks.train(tmp_path / "one", values)
+    one, two = load_run(tmp_path / "one"), load_run(shared / name)
+    assert one.iteration_count == two.iteration_count > 200
+    ours = weights(shared / name)
+    for key, tensor in weights(tmp_path / "one").items():
+        assert (ours[key] - tensor).abs().max() <= 1e-12, key
+    assert one.metrics["train_accuracy"].equals(two.metrics["train_accuracy"])
+    assert one.metrics["test_accuracy"].equals(two.metrics["test_accuracy"])
+    # The test loss is computed in float32.
+    for column, rtol in (("train_loss", 1e-12), ("test_loss", 1e-6)):
+        np.testing.assert_allclose(two.metrics[column], one.metrics[column], rtol=rtol)
+    assert one.events.equals(two.events)
+    assert len(one.events) > 0
+    for column in one.iterations:
+        np.testing.assert_allclose(two.iterations[column], one.iterations[column], rtol=1e-5)
+    np.testing.assert_allclose(two.gap_norms(), one.gap_norms(), rtol=1e-5)
+    for layer in one.layers:
+        for read in ("weight_norms", "gradient_norms", "clip_factors"):
+            theirs = getattr(one, read)(layer.name)
+            np.testing.assert_allclose(getattr(two, read)(layer.name), theirs, rtol=1e-4)
+
+
+def test_a_resumed_run_names_every_number_of_processes(shared: Path) -> None:
+    assert load_run(shared / "pgt").info["environment"]["processes"] == 2
+    assert load_run(shared / "from two").info["environment"]["processes"] == 1
+
+
+@pytest.mark.parametrize("size", [2, 7, 24])
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_every_image_is_in_one_share(size: int, world: int) -> None:
+    batch = torch.randperm(size)
+    shares = [Shard(rank, world).of(batch) for rank in range(world)]
+    assert torch.cat(shares).tolist() == batch.tolist()
+    sizes = {len(share) for share in shares}
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_killed_process_is_started_again_and_nothing_is_lost(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    process = start(cwd=tmp_path)
+    wait_for(lambda: recorded(tmp_path / "run"))
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "a process was killed (SIGKILL); starting again, 1 of 3" in errors
+    assert "Traceback" not in errors
+    assert difference(contents(tmp_path / "run"), undisturbed) is None
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.long),
+    ],
+)
+def test_a_signal_ends_all_processes_with_a_checkpoint(
+    undisturbed: dict[str, Any], tmp_path: Path, sent: signal.Signals
+) -> None:
+    process = start(cwd=tmp_path)
+    wait_for(lambda: recorded(tmp_path / "run"))
+    started = children(process.pid)
+    process.send_signal(sent)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert (out + errors).count("--run-dir run --resume") == 1
+    assert not any(map(is_running, started))
+    assert load_run(tmp_path / "run").status == "interrupted"
+    code, told = run("--resume", cwd=tmp_path)
+    assert code == 0, told
+    assert difference(contents(tmp_path / "run"), undisturbed) is None
+
+
+def test_no_process_outlives_the_one_that_started_it(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    process = start(cwd=tmp_path)
+    wait_for(lambda: recorded(tmp_path / "run"))
+    started = children(process.pid)
+    assert len(started) == 2
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(is_running, started)))
+    code, told = run("--resume=auto", cwd=tmp_path)
+    assert code == 0, told
+    assert difference(contents(tmp_path / "run"), undisturbed) is None
+
+
+def test_torchrun_and_a_batch_size_for_each_process(tmp_path: Path) -> None:
+    options = [option for option in OPTIONS if "epochs" not in option]
+    done = torchrun(
+        *("-m", "pgt_diag", "train", *options, "--epochs=1", "--warmup-epochs=0.5"),
+        *("--batch-per=process", "--name=x"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    found = load_run(tmp_path / "runs" / "x")
+    assert found.config is not None
+    assert found.config.batch_size == 18
+    assert done.stdout.count("done: test accuracy") == 1
+
+
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    ended, text = run("--batch-size=4", "--accumulate=3", cwd=tmp_path)
+    assert ended == 2, text
+    assert text.count("pgt-diag: error:") == 1
+    assert "2 processes, with accumulate 3, need at least 6 images" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_processes_share(tmp_path: Path) -> None:
+    config = RunConfig(dataset="synthetic", image_size=8, stem="small", batch_size=2)
+    assert training.plan(config, tmp_path / "run", processes=2).processes == 2
+    with pytest.raises(ConfigurationError, match="batch_size is 2: 3 processes"):
+        training.plan(config, tmp_path / "run", processes=3)
+
+
+def test_a_bad_image_in_one_process_ends_all(images: Path, tmp_path: Path) -> None:
+    ended, text = run("--dataset=imagefolder", f"--data={images}", "--epochs=9", cwd=tmp_path)
+    assert ended == 3, text
+    assert "pgt-diag: error: cannot read image" in text
+
+
+def test_silent_means_silent_on_what_all_processes_see(shared: Path) -> None:
+    run = load_run(shared / "own loop")
+    silent = run.events[run.events["kind"] == "silent"]
+    assert silent["filter"].tolist() == [1]
+    assert run.iteration_count == 5
+    # Three images of the second process have the feature 2, those of the first one 0.
+    np.testing.assert_allclose(run.gap_norms()[0], np.sqrt(3 * 2.0**2), rtol=1e-6)
+
+
+def test_bad_images_of_all_processes_are_listed(shared: Path) -> None:
+    found = load_run(shared / "folder").info["bad_images"]
+    assert [each["path"] for each in found] == ["train/a/7.png", "train/b/3.png"]
+
+
+@pytest.mark.long
+def test_a_process_that_stands_still_ends_all(tmp_path: Path) -> None:
+    process = start("--peer-timeout=10", "--epochs=100", cwd=tmp_path)
+    wait_for(lambda: recorded(tmp_path / "run"))
+    started = children(process.pid)
+    os.kill(started[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "another process of this run ended; go on with --resume" in errors
+    assert not any(map(is_running, started))
