@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -169,6 +169,12 @@ class World:
         if self.size > 1:
             torch.distributed.all_reduce(values)
         return values
+
+    def copy_first_(self, tensors: Iterable[Tensor]) -> None:
+        """Put the first process's values into everybody's tensors, on the training device."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
 
     def exchange(self, flags: Sequence[bool]) -> list[bool]:
         """Return which flags are set in any process; asked at every iteration, all with one answer.

@@ -20,7 +20,7 @@ import pgt_diag
 from pgt_diag import checkpoint
 from pgt_diag.activations import convolutions
 from pgt_diag.checkpoint import KEPT
-from pgt_diag.config import Amp, RunConfig
+from pgt_diag.config import Amp, Norm, RunConfig
 from pgt_diag.data import ImageData, load_data
 from pgt_diag.data.base import random_number
 from pgt_diag.directory import check_vacant
@@ -453,8 +453,10 @@ class _Session:
     def plan(self, resume: ResumePoint | None) -> Plan:
         done = 0
         notes: tuple[str, ...] = ()
+        if self.world.size > 1 and self.config.norm is Norm.BATCH:
+            notes = ("batch norm takes its statistics from each process's share of a batch",)
         if resume is not None:
-            notes = tuple(f"not used: {problem}" for problem in resume.damaged)
+            notes += tuple(f"not used: {problem}" for problem in resume.damaged)
             if resume.state is not None:
                 done = int(resume.state["recorder"]["steps"])
                 notes += self._differences(resume.state)
@@ -547,6 +549,8 @@ class _Session:
     def _evaluate(self, stop: Callable[[], bool]) -> tuple[float, float]:
         """Return loss and accuracy (percent) over every test image."""
         self.model.eval()
+        # Batch norm's running statistics, which every process has of its own images.
+        self.world.copy_first_(self.model.buffers())
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         for images, target in self.data.test_batches():
             with autocast(self.device, self.amp):

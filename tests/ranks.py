@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgt_diag import training
-from pgt_diag.config import RunConfig
+from pgt_diag.config import Norm, RunConfig
 from pgt_diag.distributed import World
 from pgt_diag.errors import PeerError
 from pgt_diag.recorder import FilterRecorder
@@ -35,8 +35,9 @@ VALUES = {
 class SmallNet(nn.Module):
     """A residual network of 16 filters; the biases make some of them flicker, and some silent."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Norm = Norm.NONE) -> None:
         super().__init__()
+        self.norm = nn.BatchNorm2d(8) if norm is Norm.BATCH else nn.Identity()
         self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
         self.relu = nn.ReLU()
@@ -47,7 +48,7 @@ class SmallNet(nn.Module):
             self.conv2.bias.copy_(torch.linspace(-1.5, 0.0, 8))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.relu(self.conv1(images))
+        x = self.relu(self.norm(self.conv1(images)))
         x = self.relu(self.conv2(x) + x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
@@ -57,7 +58,7 @@ class SmallNet(nn.Module):
 def in_float64() -> Iterator[None]:
     build, dtype, threads = training.build_model, torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64)
-    training.build_model = lambda *_, **__: SmallNet()  # type: ignore[assignment]
+    training.build_model = lambda *_, **options: SmallNet(options["norm"])  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from sweeps import ROOT, TINY
 
 from pgt_diag import checkpoint, training
 from pgt_diag.config import RunConfig
+from pgt_diag.data import load_data
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.run import load_run
@@ -128,6 +129,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     ranks.train(folder / "from one", PARTIAL, stop_at=100)
     cases = {
         **CASES,
+        "batch norm": {"values": {"norm": "batch", "epochs": 1}},
         "folder": {"values": {**FOLDER, "data": str(images)}},
         "from one": {"values": PARTIAL},
         "from two": {"values": PARTIAL, "stop_at": 100},
@@ -288,6 +290,18 @@ def test_a_bad_image_in_one_process_ends_all(images: Path, tmp_path: Path) -> No
     ended, text = run("--dataset=imagefolder", f"--data={images}", "--epochs=9", cwd=tmp_path)
     assert ended == 3, text
     assert "pgt-diag: error: cannot read image" in text
+
+
+def test_running_statistics_are_those_of_the_first_process(shared: Path) -> None:
+    run = load_run(shared / "batch norm")
+    assert run.config is not None
+    [newest] = checkpoint.found_in(shared / "batch norm")
+    with ranks.in_float64():
+        model = ranks.SmallNet(run.config.norm).eval()
+        model.load_state_dict(checkpoint.load(newest)["model"])
+        data = load_data(run.config)
+        right = sum((model(x).argmax(1) == target).sum() for x, target in data.test_batches())
+    assert run.metrics["test_accuracy"].iloc[-1] == 100 * int(right) / data.test_size
 
 
 def test_silent_means_silent_on_what_all_processes_see(shared: Path) -> None:
