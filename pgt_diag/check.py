@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgt_diag import storage, trace
-from pgt_diag.directory import LOCK_FILE, METRICS_FILE, RUN_FILE
+from pgt_diag.directory import FEATURE_MAPS_FOLDER, LOCK_FILE, METRICS_FILE, RUN_FILE
 from pgt_diag.errors import PgtDiagError, RunDirectoryError
 from pgt_diag.reading import digests_of, is_locked
 from pgt_diag.resuming import resume_point
 from pgt_diag.run import Run, load_run
+from pgt_diag.text import printable
 
 _FINGERPRINT = re.compile(r"[a-z]+(?:-\d{12})*-([0-9a-f]{16})\.(?:parquet|npz|csv|json)")
 _SHA256 = re.compile(r"checkpoint-\d{12}-([0-9a-f]{64})\.pt")
@@ -124,6 +125,11 @@ def _check_content(run: Run | None) -> list[str]:
             read()
         except RunDirectoryError as error:
             problems.append(str(error))
+    folder = run.path / FEATURE_MAPS_FOLDER
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    missing = [name for name in run.info.get("snapshots") or () if name not in there]
+    if run.status != "running":
+        problems += [f"{folder}: {printable(str(name), 100)} is missing" for name in missing]
     count, sealed = _iterations(run), run.info.get("iterations")
     if sealed is not None and run.status != "running" and count is not None and count != sealed:
         folder = run.path / trace.ITERATIONS_FOLDER

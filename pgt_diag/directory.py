@@ -118,7 +118,16 @@ class RunDirectory:
         digests = [self._metrics_fingerprint(), storage.fingerprint(found)]
         if not _is_sealed(run_file):
             _keep(_content(run_file, MAX_RUN_FILE_BYTES), aside, "run", ".json")
-        self.update({"status": "running", "message": None, "digests": {METRICS_FILE: digests}})
+        end = f"iteration-{iterations:012d}"
+        snapshots = [name for name in self._info.get("snapshots", ()) if name < end]
+        self.update(
+            {
+                "status": "running",
+                "message": None,
+                "digests": {METRICS_FILE: digests},
+                "snapshots": snapshots,
+            }
+        )
         if found != self._metrics.encode():
             _keep(found, aside, "metrics", ".csv")
             storage.write(metrics_file, self._metrics.encode())
@@ -231,6 +240,7 @@ class RunDirectory:
         folder = _made(self.path / FEATURE_MAPS_FOLDER)
         name = f"iteration-{iteration:012d}-{storage.fingerprint(data)}.npz"
         storage.write(folder / name, data)
+        self.update({"snapshots": sorted({*self._info.get("snapshots", ()), name})})
 
 
 def seal_info(info: dict[str, Any]) -> bytes:

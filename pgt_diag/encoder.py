@@ -221,6 +221,11 @@ class TraceEncoder:
         for name, (low, high) in state["windows"].items():
             self._windows[name] = _Windows(np.array(low), np.array(high))
 
+    @property
+    def gap_features(self) -> int | None:
+        """How many GAP features an iteration has, if there was one."""
+        return len(self._last["gap_norm"]) if self._last else None
+
     def add(self, block: Block) -> None:
         """Take the next block."""
         if self._stop_when_diverged:

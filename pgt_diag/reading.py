@@ -127,6 +127,7 @@ _INFO_TYPES: dict[str, tuple[type, ...]] = {
     "resumed_from": (list,),
     "bad_images": (list,),
     "digests": (dict,),
+    "snapshots": (list,),
 }
 
 

@@ -352,6 +352,11 @@ class FilterRecorder:
 
     def begin(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap, gap_features: int) -> None:
         """Open the run, now that the first forward pass has shown the maps (MapSink)."""
+        before = self._writer.encoder.gap_features if self._writer is not None else None
+        if before not in (None, gap_features):
+            raise ConfigurationError(
+                f"{gap_tap} has {gap_features} GAP features, and in the run that goes on {before}"
+            )
         self._ring = Ring(
             RowLayout.of(self._layers.offsets[-1], gap_features),
             self._device,

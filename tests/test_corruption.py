@@ -49,6 +49,13 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return interrupted_run(tmp_path_factory.mktemp("interrupted") / "run")
 
 
+def test_a_deleted_snapshot_is_missed(finished: Path, tmp_path: Path) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    gone = sorted((run / "feature_maps").iterdir())[1]
+    gone.unlink()
+    assert [problem for problem in check_run(run).problems if gone.name in problem]
+
+
 def kind_of(run: Path, file: Path) -> str:
     """Return what kind of file this is."""
     place = file.relative_to(run)

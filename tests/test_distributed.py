@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ranks
 import torch
 from PIL import Image
-from runs import contents, difference
-from sweeps import ROOT, TINY
 
 from pgt_diag import checkpoint, training
 from pgt_diag.config import RunConfig
@@ -23,6 +20,9 @@ from pgt_diag.data import load_data
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.run import load_run
+from tests import ranks
+from tests.runs import contents, difference
+from tests.sweeps import ROOT, TINY
 
 CASES: dict[str, dict[str, Any]] = {
     "baseline": {"values": {"label_smoothing": 0.1}},
