@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pgt_diag.config import Device
+from pgt_diag.config import Device, LrRule
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.sweep.grid import (
     Grid,
-    LrRule,
     Row,
     SweepPreset,
     build_grid,

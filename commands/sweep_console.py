@@ -276,7 +276,7 @@ def _print_rows(statuses: Sequence[RowStatus], estimates: dict[Row, Any]) -> Non
             str(config.method),
             f"{config.alpha:g}" if config.method.uses_pgt else "–",
             str(config.batch_size),
-            f"{config.lr:g}",
+            f"{config.peak_lr:g}",
             str(config.seed),
             state,
             duration(what.seconds) if what and what.seconds else "–",

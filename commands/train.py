@@ -19,6 +19,8 @@ from pgt_diag.config import (
     BadImages,
     DatasetName,
     Device,
+    LrRule,
+    LrUpdate,
     Method,
     Norm,
     Preset,
@@ -123,6 +125,14 @@ def train(
     ),
     epochs: int = _option("epochs", "Passes over the training set.", OPTIMIZATION),
     lr: float = _option("lr", "Peak learning rate.", OPTIMIZATION),
+    lr_rule: LrRule = _option(
+        "lr_rule", "Across batch sizes: lr as it is, or in proportion to the batch.", OPTIMIZATION
+    ),
+    lr_base_batch: int | None = _option(
+        "lr_base_batch",
+        "linear: the batch size that lr is meant for; by default the preset's.",
+        OPTIMIZATION,
+    ),
     momentum: float = _option("momentum", "Momentum.", OPTIMIZATION),
     nesterov: bool = _option("nesterov", "Nesterov momentum.", OPTIMIZATION),
     weight_decay: float = _option("weight_decay", "Weight decay.", OPTIMIZATION),
@@ -135,7 +145,18 @@ def train(
     ),
     warmup_epochs: float = _option("warmup_epochs", "Epochs of linear warm-up.", OPTIMIZATION),
     warmup_lr: float = _option("warmup_lr", "Learning rate warm-up starts from.", OPTIMIZATION),
+    warmup_prefix: bool = _option(
+        "warmup_prefix",
+        "Count the cosine from the end of warm-up, not from the start.",
+        OPTIMIZATION,
+    ),
+    cooldown_epochs: int = _option(
+        "cooldown_epochs", "Last epochs, which the cosine spends at min-lr.", OPTIMIZATION
+    ),
     min_lr: float = _option("min_lr", "Learning rate at the end.", OPTIMIZATION),
+    lr_update: LrUpdate = _option(
+        "lr_update", "Move the learning rate at every iteration, or once an epoch.", OPTIMIZATION
+    ),
     seed: int = _option("seed", "Seed of weights, order and augmentation.", RUN),
     device: Device = _option("device", "Where to train.", RUN),
     amp: Amp = _option("amp", "Mixed precision on a GPU; auto is bf16 there.", RUN),
@@ -209,7 +230,7 @@ def train(
             return
         chosen = {**PRESETS.get(preset, {}), **file, **given} if preset else {**file, **given}
         run_config = _agreed(point, run_config, chosen)
-    _check_effect(given, run_config.method)
+    _check_effect(given, run_config)
 
     # Late, so that a mistyped option is answered before torch is loaded.
     from pgt_diag import training
@@ -302,9 +323,13 @@ def _record_every(text: str) -> int | None:
     return numbers[0]
 
 
-def _check_effect(given: dict[str, Any], method: Method) -> None:
-    """Raise ConfigurationError for a typed option that the method does not use."""
+def _check_effect(given: dict[str, Any], config: RunConfig) -> None:
+    """Raise ConfigurationError for a typed option that the method or the schedule does not use."""
+    method, schedule = config.method, config.schedule
     for key in given:
+        if key in ("warmup_prefix", "cooldown_epochs") and schedule is not Schedule.COSINE:
+            option = f"--{key.replace('_', '-')}"
+            raise ConfigurationError(f"{option} has no effect with --schedule {schedule}")
         unused = (
             (key == "alpha" and not method.uses_pgt)
             or (key == "clip_norm" and not method.uses_gc)

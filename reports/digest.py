@@ -4,7 +4,8 @@
 schema_version   1
 runs             one object per run
   label, path, name, status, message     label: the run's name in this report
-  method, alpha, batch_size, seed, lr    null for a recorder in somebody's own loop
+  method, alpha, batch_size, seed        null for a recorder in somebody's own loop
+  lr, lr_rule                            peak, and what made it of the batch size; likewise
   iterations, planned_iterations         on disk so far; as planned (null if unknown)
   filters, dead                          of the whole network; dead at the end
   silent_from_start, died_later          the two parts of `dead`
@@ -66,7 +67,8 @@ def _run(summary: RunSummary) -> dict[str, Any]:
         "alpha": config.alpha if config and config.method.uses_pgt else None,
         "batch_size": config.batch_size if config else None,
         "seed": config.seed if config else None,
-        "lr": config.lr if config else None,
+        "lr": config.peak_lr if config else None,
+        "lr_rule": str(config.lr_rule) if config else None,
         "iterations": run.iteration_count,
         "planned_iterations": planned if isinstance(planned, int) else None,
         "filters": summary.filters,

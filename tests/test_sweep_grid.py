@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from commands.app import main
-from pgt_diag.config import PRESETS, Preset, RunConfig
+from pgt_diag.config import PRESETS, LrRule, Preset, RunConfig
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.paper import TABLE_2
 from pgt_diag.sweep.grid import (
-    LrRule,
     Row,
     SweepPreset,
     build_grid,
@@ -70,8 +69,8 @@ def test_table2_is_the_papers_recipe_at_one_learning_rate() -> None:
 def test_the_linear_rule_scales_from_the_recipes_batch_size_or_the_one_given() -> None:
     def rates(**options: Any) -> dict[int, float]:
         grid = build_grid(SweepPreset.TABLE2, options={"lr_rule": "linear", **options})
-        assert grid.lr_rule is LrRule.LINEAR
-        return {row.config.batch_size: row.config.lr for row in grid.rows}
+        assert grid.lr_rule == LrRule.LINEAR
+        return {row.config.batch_size: row.config.peak_lr for row in grid.rows}
 
     assert rates() == {256: 0.1, 512: 0.2, 1024: 0.4}
     assert rates(lr_base_batch=256) == {256: 0.4, 512: 0.8, 1024: 1.6}
@@ -215,6 +214,9 @@ def test_a_name_stands_for_what_decides_the_result_and_for_nothing_else() -> Non
         {"method": "gc", "clip_norm": 1.5, "nesterov": False, "threads": 1},
         {"step_epochs": [1], "schedule": "step", "warmup_epochs": 2.0, "lr": 1e-07},
         {"epochs": 1, "checkpoint_every": 7, "device": "cpu", "record_every": 3},
+        {"lr_rule": "linear", "lr_base_batch": 32, "lr_update": "epoch"},
+        {"warmup_prefix": False, "cooldown_epochs": 1, "min_lr": 1e-4, "warmup_epochs": 0},
+        {"schedule": "step", "cooldown_epochs": 1, "model": "resnet18", "norm": "batch"},
     ],
 )
 def test_the_command_of_a_row_trains_that_row(

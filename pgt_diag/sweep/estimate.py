@@ -91,8 +91,10 @@ class _Stopwatch(Listener):
 def _shape(config: RunConfig) -> RunConfig:
     """Return the configuration without what time and disk hardly depend on."""
     same = ("method", "alpha", "clip_norm", "agc_clip_factor", "agc_eps", "agc_classifier",
-            "lr", "weight_decay", "momentum", "nesterov", "decay_biases", "label_smoothing",
-            "schedule", "step_epochs", "warmup_epochs", "warmup_lr", "min_lr", "seed")  # fmt: skip
+            "lr", "lr_rule", "lr_base_batch", "lr_update", "weight_decay", "momentum",
+            "nesterov", "decay_biases", "label_smoothing", "schedule", "step_epochs",
+            "warmup_epochs", "warmup_lr", "warmup_prefix", "cooldown_epochs", "min_lr",
+            "seed")  # fmt: skip
     values = {key: getattr(RunConfig, key) for key in same}
     return dataclasses.replace(config, **(values | {"warmup_epochs": 0.0}))
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pgt_diag.config import (
-    PRESETS,
     RESUMABLE_WITH,
     Preset,
     RunConfig,
+    Schedule,
     check_keys,
     coerce,
     compose,
@@ -34,17 +34,6 @@ class SweepPreset(StrEnum):
 
     TABLE2 = "table2"
     TABLE2_SMOKE = "table2-smoke"
-
-
-class LrRule(StrEnum):
-    """The learning rate across batch sizes.
-
-    Constant, as the paper's "common set of hyperparameters" says; or linear: lr is that of the
-    base batch size, and others get it in proportion.
-    """
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
 
 
 @dataclass(frozen=True)
@@ -77,24 +66,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep's rows, each once, and the rule their learning rates follow."""
+    """A sweep's rows, each once."""
 
     rows: tuple[Row, ...]
-    lr_rule: LrRule
-    lr_base_batch: int | None
-    """The batch size that `lr` is meant for, where the rule is linear."""
+
+    @property
+    def lr_rule(self) -> str:
+        """The rule that the learning rates follow across batch sizes; several where rows differ."""
+        return " and ".join(sorted({row.config.lr_rule for row in self.rows}))
 
     @property
     def rule(self) -> str:
         """The learning-rate rule, in words, with the rates it gives."""
         rates: dict[int, set[float]] = {}
         for row in self.rows:
-            rates.setdefault(row.config.batch_size, set()).add(row.config.lr)
+            rates.setdefault(row.config.batch_size, set()).add(row.config.peak_lr)
         shown = "; ".join(
             f"batch {size}: lr {', '.join(f'{lr:g}' for lr in sorted(rates[size]))}"
             for size in sorted(rates)
         )
-        base = f" in the batch size, from {self.lr_base_batch}" if self.lr_base_batch else ""
+        bases = sorted({base for row in self.rows if (base := row.config.lr_base_batch)})
+        base = f" in the batch size, from {', '.join(map(str, bases))}" if bases else ""
         return f"{self.lr_rule}{base} ({shown})"
 
 
@@ -115,7 +107,7 @@ def build_grid(
 
     A list is an axis; the axes are crossed. Each table `row` is a grid of its own, over all that
     is given outside it; options replace also what a row says. Keys are RunConfig's, and `preset`
-    (the recipe that `pgt-diag train` has under that name), `lr_rule`, `lr_base_batch`.
+    (the recipe that `pgt-diag train` has under that name).
 
     Raises ConfigurationError, naming `source`, the row and the key, for what cannot be used.
     """
@@ -124,7 +116,6 @@ def build_grid(
     try:
         check_keys(values, also=_KEYS)
         recipe = _recipe(values.pop("preset", None))
-        rule, base = _lr_rule(values.pop("lr_rule", "constant"), values.pop("lr_base_batch", None))
         rows = _rows(values.pop("row", [{}]))
     except ConfigurationError as error:
         raise _located(error, source) from None
@@ -135,16 +126,13 @@ def build_grid(
             row_values = {key: value for key, value in row.items() if key not in options}
             for point in _points({**values, **row_values}):
                 config, used = compose(recipe, {}, point)
-                if rule is LrRule.LINEAR:
-                    base = base or int(PRESETS[used]["batch_size"])
-                    config = dataclasses.replace(config, lr=config.lr * config.batch_size / base)
                 made = Row(_without_effectless(config), used)
                 # Crossed axes name a run twice where a method does not use what varies.
                 found.setdefault(made.name, made)
         except ConfigurationError as error:
             place = f"row {number}" if "row" in (file or {}) else ""
             raise _located(error, source, place) from None
-    return Grid(tuple(found.values()), rule, base)
+    return Grid(tuple(found.values()))
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -176,7 +164,7 @@ def parse_value(text: str) -> tuple[str, Any]:
     return key.replace("-", "_"), parsed
 
 
-_KEYS = ("preset", "row", "lr_rule", "lr_base_batch")
+_KEYS = ("preset", "row")
 _SMOKE_SCALE = 8
 """Digits are few: batches of 32, 64 and 128 stand for the paper's 256, 512 and 1024."""
 
@@ -210,10 +198,11 @@ def _points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _without_effectless(config: RunConfig) -> RunConfig:
-    """Put the options that the method does not use at their defaults."""
+    """Put the options that the method or the schedule does not use at their defaults."""
     unused = [] if config.method.uses_pgt else ["alpha"]
     unused += [] if config.method.uses_gc else ["clip_norm"]
     unused += [] if config.method.uses_agc else ["agc_clip_factor", "agc_eps", "agc_classifier"]
+    unused += [] if config.schedule is Schedule.COSINE else ["warmup_prefix", "cooldown_epochs"]
     return dataclasses.replace(config, **{key: getattr(RunConfig, key) for key in unused})
 
 
@@ -227,16 +216,6 @@ def _rows(rows: Any) -> list[dict[str, Any]]:
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ConfigurationError(f"row is {rows!r}; write tables, each under [[row]]")
     return rows
-
-
-def _lr_rule(rule: Any, base: Any) -> tuple[LrRule, int | None]:
-    if rule not in list(LrRule):
-        raise ConfigurationError(f"lr_rule is {rule!r}; choose one of {', '.join(LrRule)}")
-    if base is not None and (type(base) is not int or base < 1):
-        raise ConfigurationError(f"lr_base_batch is {base!r}; it must be a whole number above 0")
-    if base is not None and rule != LrRule.LINEAR:
-        raise ConfigurationError("lr_base_batch has no effect with lr_rule constant")
-    return LrRule(rule), base
 
 
 def _option(key: str, value: Any) -> list[str]:
