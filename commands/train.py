@@ -116,7 +116,9 @@ def train(
     bad_images: BadImages = _option(
         "bad_images", "Unreadable images: stop, or use the next of the class.", DATA
     ),
-    model: str = _option("model", "Any torchvision classification model.", MODEL),
+    model: str = _option(
+        "model", "Any torchvision classification model, or timm's as timm/NAME.", MODEL
+    ),
     norm: Norm = _option("norm", "Normalisation layers.", MODEL),
     stem: Stem = _option("stem", "A ResNet's first layers.", MODEL),
     batch_size: int = _option("batch_size", "Images per iteration.", OPTIMIZATION),

@@ -553,6 +553,14 @@ def compose(
         raise ConfigurationError(f"{source}: {error}" if named and source else str(error)) from None
 
 
+TIMM = "timm/"
+"""What the names of timm's models begin with."""
+
+
 def has_stem(model: str) -> bool:
-    """Whether a network of this name has the stem that `Stem` chooses: torchvision's ResNets."""
+    """Whether a network of this name has the stem that `Stem` chooses: the plain ResNets."""
+    if model.startswith(
+        TIMM
+    ):  # timm's resnet50d, resnetv2_50, seresnetaa50d have stems of their own
+        return re.fullmatch(rf"{TIMM}(se)?res(net|next)\d+(_\d+x\d+d)?", model) is not None
     return model.startswith(("resnet", "resnext", "wide_resnet"))

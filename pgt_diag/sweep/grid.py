@@ -85,7 +85,7 @@ class Grid:
             f"batch {size}: lr {', '.join(f'{lr:g}' for lr in sorted(rates[size]))}"
             for size in sorted(rates)
         )
-        bases = sorted({base for row in self.rows if (base := row.config.lr_base_batch)})
+        bases = sorted({size for row in self.rows if (size := row.config.lr_base_batch)})
         base = f" in the batch size, from {', '.join(map(str, bases))}" if bases else ""
         return f"{self.lr_rule}{base} ({shown})"
 
