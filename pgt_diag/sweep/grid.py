@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -18,6 +18,7 @@ from typing import Any
 
 from pgt_diag.config import (
     RESUMABLE_WITH,
+    Norm,
     Preset,
     RunConfig,
     Schedule,
@@ -26,14 +27,20 @@ from pgt_diag.config import (
     compose,
 )
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.paper import TABLE_2
+from pgt_diag.paper import FIGURE_2, TABLE_1, TABLE_2, TABLE_3, TABLE_3_MODEL
 
 
 class SweepPreset(StrEnum):
-    """Named sweeps: the paper's Table 2 with its recipe, and its methods on embedded digits."""
+    """Named sweeps: the paper's tables and Fig. 2 with its recipe, and Table 2's methods on digits.
 
+    Rows that two of them share are one run where they share a --sweep-dir.
+    """
+
+    TABLE1 = "table1"
     TABLE2 = "table2"
     TABLE2_SMOKE = "table2-smoke"
+    TABLE3 = "table3"
+    FIG2 = "fig2"
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Row:
         alpha = f"-a{config.alpha:g}" if config.method.uses_pgt else ""
         text = json.dumps(deciding(config), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
+        batch_norm = f"{config.model.rpartition('/')[2]}-" if config.norm is Norm.BATCH else ""
+        return f"{batch_norm}{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
 
     def command(self, directory: Path) -> list[str]:
         """Return the `pgt-diag train` command that makes this run, or goes on with it."""
@@ -177,7 +185,24 @@ def _table2(scale: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _batch_normalised(keys: tuple[str, ...], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """Return a sweep of the paper's recipe, at its batch size, over networks with batch norm."""
+    found = []
+    for row in rows:
+        values = dict(zip(keys, row, strict=False))
+        if math.isnan(values["alpha"]):
+            del values["alpha"]
+        found.append(values)
+    return {"preset": "paper", "norm": "batch", "seed": [0, 1, 2], "row": found}
+
+
 _PRESETS: dict[SweepPreset, dict[str, Any]] = {
+    SweepPreset.TABLE1: _batch_normalised(("model", "schedule", "method", "alpha"), TABLE_1),
+    SweepPreset.TABLE3: _batch_normalised(
+        ("schedule", "label_smoothing", "method", "alpha"), TABLE_3
+    )
+    | {"model": TABLE_3_MODEL},
+    SweepPreset.FIG2: _batch_normalised(("model", "method", "alpha", "epochs"), FIGURE_2),
     SweepPreset.TABLE2: {"preset": "paper", "seed": [0, 1, 2, 3, 4], "row": _table2(1)},
     SweepPreset.TABLE2_SMOKE: {"preset": "smoke", "seed": [0, 1, 2], "row": _table2(_SMOKE_SCALE)},
 }
