@@ -444,6 +444,8 @@ class _Session:
             data=self.data.name,
             train_images=self.data.train_size,
             test_images=self.data.test_size,
+            image_size=self.data.image_size,
+            classes=len(self.data.classes),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             filters=sum(layer.out_channels for layer in convolutions(self.model).values()),
             device=environment(self.device)["device"],
