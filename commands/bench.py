@@ -23,7 +23,7 @@ quartiles, the less a number says.
 
 def bench(
     device: Device = typer.Option(DEFAULTS.device, help="What to measure."),
-    model: str = typer.Option(DEFAULTS.model, help="Any torchvision classification model."),
+    model: str = typer.Option(DEFAULTS.model, help="Any torchvision model, or timm/NAME."),
     stem: Stem = typer.Option(DEFAULTS.stem, help="A ResNet's first layers."),
     size: int = typer.Option(32, min=1, help="Image size, pixels."),
     batch_size: int = typer.Option(128, min=1, help="Images per iteration."),

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from pgt_diag.config import Preset
+from pgt_diag.config import Preset, RunConfig
 from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
@@ -68,9 +68,10 @@ class TrainingConsole(Listener):
         )
         self._print(
             f"{method}: {config.epochs} epochs, {plan.iterations:,} iterations of "
-            f"{config.batch_size} images, lr {config.lr:g} (warm-up {config.warmup_epochs:g} "
-            f"epochs), weight decay {config.weight_decay:g}, seed {config.seed}, {plan.device}, "
-            f"amp {plan.amp}" + (f", {plan.processes} processes" if plan.processes > 1 else "")
+            f"{config.batch_size} images, lr {config.peak_lr:g} ({_lr_rule(config)}; warm-up "
+            f"{config.warmup_epochs:g} epochs), weight decay {config.weight_decay:g}, "
+            f"seed {config.seed}, {plan.device}, amp {plan.amp}"
+            + (f", {plan.processes} processes" if plan.processes > 1 else "")
         )
         self._print(
             f"run directory: {plan.directory} (at most {plan.disk_bytes / 1e6:,.0f} MB)"
@@ -177,3 +178,8 @@ def _plain(plan: Plan) -> dict[str, Any]:
         },
         "config": plan.config.to_mapping(),
     }
+
+
+def _lr_rule(config: RunConfig) -> str:
+    base = config.lr_base_batch
+    return "constant" if base is None else f"linear, {config.lr:g} at batch {base}"

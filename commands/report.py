@@ -1,4 +1,4 @@
-"""`pgt-diag report`: turn run directories into one HTML file, or into Table 2 alone."""
+"""`pgt-diag report`: turn run directories into one HTML file, or into one table alone."""
 
 import sys
 import time
@@ -21,6 +21,7 @@ Examples:
   pgt-diag report runs/pgt --layers 0,5,layer4.1.conv2
   pgt-diag report runs/pgt --watch                rebuilt while the run goes on
   pgt-diag report runs --format latex -o -        Table 2 to standard output
+  pgt-diag report runs --table 1 --format csv     networks with batch normalisation
   pgt-diag report --demo --open                   a made-up report, without any run
 
 An existing report of pgt-diag's is replaced; any other file only with --force.
@@ -28,7 +29,7 @@ An existing report of pgt-diag's is replaced; any other file only with --force.
 
 
 class Format(StrEnum):
-    """What is written: the page, or Table 2 as text."""
+    """What is written: the page, or one of the paper's tables as text."""
 
     HTML = "html"
     LATEX = "latex"
@@ -36,12 +37,7 @@ class Format(StrEnum):
     JSON = "json"
 
 
-_DEFAULT_NAMES = {
-    Format.HTML: "report.html",
-    Format.LATEX: "table2.tex",
-    Format.CSV: "table2.csv",
-    Format.JSON: "table2.json",
-}
+_ENDINGS = {Format.HTML: ".html", Format.LATEX: ".tex", Format.CSV: ".csv", Format.JSON: ".json"}
 _STDOUT = Path("-")
 
 
@@ -53,15 +49,29 @@ def report(
         None,
         "--output",
         "-o",
-        help="File to write; '-' is standard output. By default report.html, or table2 with the "
-        "format's ending.",
+        help="File to write; '-' is standard output. By default report.html, or table2 (or another "
+        "--table) with the format's ending.",
         show_default=False,
     ),
     file_format: Format | None = typer.Option(
         None,
         "--format",
-        help="The page, or Table 2 alone; by default what --output ends in, else html.",
+        help="The page, or one table alone; by default what --output ends in, else html.",
         show_default=False,
+    ),
+    number: int | None = typer.Option(
+        None,
+        "--table",
+        min=1,
+        max=3,
+        help="Which of the paper's tables --format writes; by default 2, or 1 where all runs have "
+        "batch normalisation.",
+        show_default=False,
+    ),
+    last: bool = typer.Option(
+        False,
+        "--last-epoch",
+        help="Accuracies of the last epoch, not of the best on test images.",
     ),
     layers: str | None = typer.Option(
         None, help="Layers of Fig. 3, by the paper's index or by name; by default 11 and 19."
@@ -77,33 +87,45 @@ def report(
         False, "--force", help="Replace a file that is no report of pgt-diag's."
     ),
 ) -> None:
-    """Turn runs into one HTML file: verdict, filter norms, feature maps, Table 2."""
+    """Turn runs into one HTML file: verdict, filter norms, feature maps, the paper's tables."""
     chosen = _format(file_format, output)
-    target = output or Path(_DEFAULT_NAMES[chosen])
-    _check_together(runs or [], chosen, target, demo=demo, watch=watch, open_page=open_page)
+    _check_together(runs or [], chosen, output, number, demo=demo, watch=watch, open_page=open_page)
     wanted = _layers(layers)
     # Late, so that a mistyped option is answered before pandas and plotly are loaded.
     from reports.output import check_output
 
+    unnamed = output is None and number is None and chosen is not Format.HTML
+    loaded = _load(runs) if unnamed else []
+    target = output or Path(_default_name(chosen, number, loaded))
     if target != _STDOUT:
         check_output(target, force=force)
+    epoch = "last" if last else "best"
     if demo:
         from reports.demo import demo_runs
         from reports.page import build_page
 
         _write(target, build_page(demo_runs(), title=title, layers=wanted), "made-up runs")
     elif watch:
-        _Watch(runs, target, _renderer(chosen, wanted, title), interval).until_all_ended(open_page)
+        render = _renderer(chosen, wanted, title, number, epoch)
+        _Watch(runs, target, render, interval).until_all_ended(open_page)
         return
     else:
-        loaded = _load(runs)
-        _write(target, _renderer(chosen, wanted, title)(loaded), _plural(len(loaded), "run"))
+        render = _renderer(chosen, wanted, title, number, epoch)
+        loaded = loaded or _load(runs)
+        _write(target, render(loaded), _plural(len(loaded), "run"))
     if open_page:
         _open(target)
 
 
 def _check_together(
-    runs: list[Path], chosen: Format, target: Path, *, demo: bool, watch: bool, open_page: bool
+    runs: list[Path],
+    chosen: Format,
+    target: Path | None,
+    number: int | None,
+    *,
+    demo: bool,
+    watch: bool,
+    open_page: bool,
 ) -> None:
     """Raise ConfigurationError for options that do not go together."""
     if demo and (runs or watch or chosen is not Format.HTML):
@@ -114,6 +136,10 @@ def _check_together(
     if target == _STDOUT and (chosen is Format.HTML or watch):
         other = "--watch" if watch else "a page; choose --format latex, csv or json"
         raise ConfigurationError(f"--output -: standard output is not for {other}")
+    if number is not None and chosen is Format.HTML:
+        raise ConfigurationError(
+            "--table: a page has all tables; choose --format latex, csv or json"
+        )
     if open_page and chosen is not Format.HTML:
         raise ConfigurationError(f"--open opens a page, not --format {chosen}: leave one away")
 
@@ -121,8 +147,16 @@ def _check_together(
 def _format(given: Format | None, output: Path | None) -> Format:
     if given is not None or output is None:
         return given or Format.HTML
-    endings = {Path(name).suffix: chosen for chosen, name in _DEFAULT_NAMES.items()}
+    endings = {ending: chosen for chosen, ending in _ENDINGS.items()}
     return endings.get(output.suffix.lower(), Format.HTML)
+
+
+def _default_name(chosen: Format, number: int | None, runs: "list[Run]") -> str:
+    if chosen is Format.HTML:
+        return "report.html"
+    from reports.exports import default_table
+
+    return f"table{number or default_table(runs)}{_ENDINGS[chosen]}"
 
 
 def _layers(text: str | None) -> list[int | str] | None:
@@ -135,16 +169,22 @@ def _layers(text: str | None) -> list[int | str] | None:
 
 
 def _renderer(
-    chosen: Format, wanted: list[int | str] | None, title: str | None
+    chosen: Format,
+    wanted: list[int | str] | None,
+    title: str | None,
+    number: int | None,
+    epoch: str,
 ) -> "Callable[[list[Run]], str]":
     """Return the function from runs to the text of the file."""
+    from reports.summary import Epoch
+
     if chosen is Format.HTML:
         from reports.page import build_page
 
-        return lambda runs: build_page(runs, title=title, layers=wanted)
-    from reports.exports import export_table2
+        return lambda runs: build_page(runs, title=title, layers=wanted, epoch=Epoch(epoch))
+    from reports.exports import export_table
 
-    return lambda runs: export_table2(runs, chosen.value)
+    return lambda runs: export_table(runs, chosen.value, number, Epoch(epoch))
 
 
 def _load(paths: list[Path]) -> "list[Run]":

@@ -1,7 +1,6 @@
 """`pgt-diag show`: the verdict and the tables of runs, in the terminal."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from reports.source import Run
     from reports.summary import RunSummary
     from reports.verdict import Verdict
 
@@ -22,7 +20,7 @@ Examples:
 
 With --json: one object with schema_version, runs (label, path, status, iterations, filters, dead,
 silent_from_start, died_later, revived, first_death, accuracies, layers, …), verdict (sentences,
-comparisons, claims, warnings) and table2; what is missing is null.
+comparisons, claims, warnings), table1, table2 and table3; what is missing is null.
 """
 
 _JUDGEMENTS = {"agrees": "green", "contradicts": "red"}
@@ -30,25 +28,33 @@ _JUDGEMENTS = {"agrees": "green", "contradicts": "red"}
 
 def show(
     runs: list[Path] = typer.Argument(help="Run directories, or folders of them."),
+    last: bool = typer.Option(
+        False,
+        "--last-epoch",
+        help="Accuracies of the last epoch, not of the best on test images.",
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print one JSON object instead."),
 ) -> None:
-    """Print the verdict, the deaths of every layer and Table 2."""
+    """Print the verdict, the deaths of every layer and the paper's tables that the runs fill."""
     # Late, so that a mistyped option is answered before pandas is loaded.
     from commands import terminal
     from pgt_diag.run import load_run
     from reports.digest import digest
-    from reports.summary import summarise
+    from reports.records import paper_tables
+    from reports.summary import Epoch, summarise
     from reports.verdict import verdict
 
+    epoch = Epoch.LAST if last else Epoch.BEST
     loaded = [load_run(path) for path in terminal.find_all(runs)]
     if json_output:
-        terminal.write_out(json.dumps(digest(loaded), indent=2, allow_nan=False) + "\n")
+        terminal.write_out(json.dumps(digest(loaded, epoch), indent=2, allow_nan=False) + "\n")
         return
     screen = terminal.console()
-    _print_verdict(screen, verdict(loaded))
+    _print_verdict(screen, verdict(loaded, epoch))
     for summary in summarise(loaded):
         _print_layers(screen, summary)
-    _print_table2(screen, loaded)
+    for each in paper_tables(loaded, epoch):
+        _print_table(screen, each)
 
 
 def _print_verdict(screen: "Console", judged: "Verdict") -> None:
@@ -100,43 +106,41 @@ def _layer_cells(row: dict[Any, Any]) -> list[str]:
     ]
 
 
-def _print_table2(screen: "Console", runs: "Sequence[Run]") -> None:
+def _print_table(screen: "Console", shown: dict[str, Any]) -> None:
     from commands.terminal import safe, table
-    from reports.records import table_2
 
-    made = table(screen, "Table 2: accuracy by batch size and method, beside the paper's")
-    names = "batch", "method", "α", "runs", "train %", "diff.", "test %", "diff.", "dead"
-    for name in (*names, "paper: test %", "diff."):
-        made.add_column(name, justify="left" if name == "method" else "right")
+    made = table(screen, f"{shown['name']}: {shown['title']}")
+    for head in shown["heads"]:
+        made.add_column(head["name"], justify="right" if head["numeric"] else "left")
+    for name in ("runs", *shown["values"], "dead", *shown["paper_values"]):
+        made.add_column(name.replace("difference", "diff."), justify="right")
+    first_of_paper = len(shown["heads"]) + len(shown["values"]) + 2
+    made.columns[first_of_paper].header = f"paper: {shown['paper_values'][0]}"
     made.add_column("note")
-    for group in table_2(runs):
-        rows: list[Any] = [row for row in group["rows"] if not row["missing"]]  # type: ignore[attr-defined]
+    setting = ""
+    for group in shown["groups"]:
+        setting = group["setting"] or setting
+        rows = [row for row in group["rows"] if not row["missing"]]
         for place, row in enumerate(rows):
-            last = place == len(rows) - 1
-            note = "; ".join(filter(None, (str(group["setting"]), row["note"])))
-            made.add_row(*_table2_cells(row), safe(note, 160), end_section=last)
+            note = "; ".join(filter(None, (setting, row["note"])))
+            made.add_row(*_table_cells(row), safe(note, 160), end_section=place == len(rows) - 1)
     screen.print()
     screen.print(made)
     screen.print(
-        "★ best accuracy, ▲ largest gain; differences are to the baseline of the same setting, "
-        "batch size and seed, ± half their 95 % interval.",
+        f"{shown['note']} ★ best accuracy, ▲ largest gain; differences are to the baseline of the "
+        "same setting, batch size and seed, ± half their 95 % interval.",
         style="dim" if screen.is_terminal else "",
         soft_wrap=not screen.is_terminal,
     )
 
 
-def _table2_cells(row: dict[str, Any]) -> list[str]:
+def _table_cells(row: dict[str, Any]) -> list[str]:
     from commands.terminal import safe
 
-    paper = row["paper"]
-    cells = [str(row["batch"]), safe(row["method"]), safe(row["alpha"]), str(row["runs"])]
-    cells += [
-        _marked(row["train"], "★", "red"),
-        _marked(row["train_difference"], "▲", "yellow"),
-        _marked(row["test"], "★", "blue"),
-        _marked(row["test_difference"], "▲", "yellow"),
-    ]
-    return [*cells, str(row["dead"]), *(_marked(cell, "★", "") for cell in paper[2:])]
+    marks = {"train": ("★", "red"), "test": ("★", "blue"), "": ("▲", "yellow")}
+    cells = [*(safe(head) for head in row["heads"]), str(row["runs"])]
+    cells += [_marked(cell, *marks.get(cell["part"], ("", ""))) for cell in row["cells"]]
+    return [*cells, str(row["dead"]), *(_marked(cell, "★", "") for cell in row["paper"])]
 
 
 def _marked(cell: dict[str, Any], mark: str, colour: str) -> str:

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pgt_diag.config import Device
+from pgt_diag.config import Device, LrRule
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.sweep.grid import (
     Grid,
-    LrRule,
     Row,
     SweepPreset,
     build_grid,
@@ -29,6 +28,8 @@ EPILOG = """\b
 Examples:
   pgt-diag sweep --preset table2-smoke         on digits: 40 minutes, 2 cores
   pgt-diag sweep --preset table2 --data IMAGENET_DIR --seeds 3 --dry-run
+  pgt-diag sweep --preset table1 --data IMAGENET_DIR --sweep-dir sweeps/bn
+  pgt-diag sweep --preset table3 --data IMAGENET_DIR --sweep-dir sweeps/bn
   pgt-diag sweep --config grid.toml --set epochs=5 --engine ray
   pgt-diag sweep --config grid.toml --engine slurm
   pgt-diag report sweeps/table2-smoke          also while the sweep runs
@@ -80,7 +81,7 @@ def sweep(
         None,
         min=1,
         help="Seeds 0 to N-1 of every configuration; by default the grid's.",
-        show_default="table2 5, table2-smoke 3",
+        show_default="table2 5, others 3",
         rich_help_panel=GRID,
     ),
     lr_rule: LrRule | None = typer.Option(
@@ -146,7 +147,7 @@ def sweep(
     """Make many runs, such as the paper's Table 2, and go on where they were left."""
     if preset is None and config is None:
         raise ConfigurationError(
-            f"name a sweep: --preset {' or '.join(SweepPreset)}, or a grid with --config FILE"
+            f"name a sweep: --preset {', '.join(SweepPreset)}, or a grid with --config FILE"
         )
     _check_engine(engine, ray_address, cpus_per_run, gpus_per_run)
     options = dict(map(parse_value, settings))

@@ -47,6 +47,8 @@ def print_plan(grid: Grid, folder: Path, *, retry_failed: bool, json_output: boo
             | {
                 "estimated_seconds": estimates[each.row].seconds if estimates else None,
                 "disk_bytes": estimates[each.row].disk_bytes if estimates else None,
+                "flops": estimates[each.row].flops if estimates else None,
+                "memory_bytes": estimates[each.row].memory_bytes if estimates else None,
                 "estimate_source": estimates[each.row].source if estimates else None,
             }
             for each in statuses
@@ -70,6 +72,12 @@ def print_plan(grid: Grid, folder: Path, *, retry_failed: bool, json_output: boo
             say(
                 f"still to do: {_runs(len(left))}, about {duration(seconds)} one after the other "
                 f"on this machine, at most {size / 1e6:,.0f} MB"
+            )
+        if needed:
+            largest = max(each.memory_bytes for each in needed)
+            say(
+                f"to compute: {sum(each.flops for each in needed):.3g} FLOP; a step of the largest "
+                f"run keeps {largest / 1e9:.2g} GB in float32, mixed precision about half of that"
             )
     if problem is not None:
         raise problem
@@ -276,7 +284,7 @@ def _print_rows(statuses: Sequence[RowStatus], estimates: dict[Row, Any]) -> Non
             str(config.method),
             f"{config.alpha:g}" if config.method.uses_pgt else "–",
             str(config.batch_size),
-            f"{config.lr:g}",
+            f"{config.peak_lr:g}",
             str(config.seed),
             state,
             duration(what.seconds) if what and what.seconds else "–",

@@ -20,6 +20,8 @@ from pgt_diag.config import (
     BadImages,
     DatasetName,
     Device,
+    LrRule,
+    LrUpdate,
     Method,
     Norm,
     Preset,
@@ -122,7 +124,9 @@ def train(
     bad_images: BadImages = _option(
         "bad_images", "Unreadable images: stop, or use the next of the class.", DATA
     ),
-    model: str = _option("model", "Any torchvision classification model.", MODEL),
+    model: str = _option(
+        "model", "Any torchvision classification model, or timm's as timm/NAME.", MODEL
+    ),
     norm: Norm = _option("norm", "Normalisation layers.", MODEL),
     stem: Stem = _option("stem", "A ResNet's first layers.", MODEL),
     batch_size: int = _option("batch_size", "Images per iteration.", OPTIMIZATION),
@@ -131,6 +135,14 @@ def train(
     ),
     epochs: int = _option("epochs", "Passes over the training set.", OPTIMIZATION),
     lr: float = _option("lr", "Peak learning rate.", OPTIMIZATION),
+    lr_rule: LrRule = _option(
+        "lr_rule", "Across batch sizes: lr as it is, or in proportion to the batch.", OPTIMIZATION
+    ),
+    lr_base_batch: int | None = _option(
+        "lr_base_batch",
+        "linear: the batch size that lr is meant for; by default the preset's.",
+        OPTIMIZATION,
+    ),
     momentum: float = _option("momentum", "Momentum.", OPTIMIZATION),
     nesterov: bool = _option("nesterov", "Nesterov momentum.", OPTIMIZATION),
     weight_decay: float = _option("weight_decay", "Weight decay.", OPTIMIZATION),
@@ -143,7 +155,18 @@ def train(
     ),
     warmup_epochs: float = _option("warmup_epochs", "Epochs of linear warm-up.", OPTIMIZATION),
     warmup_lr: float = _option("warmup_lr", "Learning rate warm-up starts from.", OPTIMIZATION),
+    warmup_prefix: bool = _option(
+        "warmup_prefix",
+        "Count the cosine from the end of warm-up, not from the start.",
+        OPTIMIZATION,
+    ),
+    cooldown_epochs: int = _option(
+        "cooldown_epochs", "Last epochs, which the cosine spends at min-lr.", OPTIMIZATION
+    ),
     min_lr: float = _option("min_lr", "Learning rate at the end.", OPTIMIZATION),
+    lr_update: LrUpdate = _option(
+        "lr_update", "Move the learning rate at every iteration, or once an epoch.", OPTIMIZATION
+    ),
     seed: int = _option("seed", "Seed of weights, order and augmentation.", RUN),
     device: Device = _option("device", "Where to train.", RUN),
     amp: Amp = _option("amp", "Mixed precision on a GPU; auto is bf16 there.", RUN),
@@ -223,7 +246,8 @@ def train(
     directory = _run_directory(run_dir, name, run_config, resume)
     if force and resume is not None:
         raise ConfigurationError("--resume goes on with a run, and --force replaces it")
-    _check_effect(given, run_config.method)
+    if resume is None:
+        _check_effect(given, run_config)
     if processes > 1 and not _is_launched() and not dry_run:
         from pgt_diag.launcher import launch
 
@@ -244,6 +268,7 @@ def train(
         if point is not None:
             chosen = {**PRESETS.get(preset, {}), **file, **given} if preset else {**file, **given}
             run_config = _agreed(point, run_config, chosen)
+        _check_effect(given, run_config)
         if dry_run:
             plan = training.plan(
                 run_config,
@@ -388,9 +413,13 @@ def _record_every(text: str) -> int | None:
     return numbers[0]
 
 
-def _check_effect(given: dict[str, Any], method: Method) -> None:
-    """Raise ConfigurationError for a typed option that the method does not use."""
+def _check_effect(given: dict[str, Any], config: RunConfig) -> None:
+    """Raise ConfigurationError for a typed option that the method or the schedule does not use."""
+    method, schedule = config.method, config.schedule
     for key in given:
+        if key in ("warmup_prefix", "cooldown_epochs") and schedule is not Schedule.COSINE:
+            option = f"--{key.replace('_', '-')}"
+            raise ConfigurationError(f"{option} has no effect with --schedule {schedule}")
         unused = (
             (key == "alpha" and not method.uses_pgt)
             or (key == "clip_norm" and not method.uses_gc)

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pgt_diag.activations import convolutions
 from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import RunConfig, Stem
+from pgt_diag.cost import flops_per_image
 from pgt_diag.encoder import (
     SCALARS,
     Block,
@@ -131,21 +131,6 @@ def repeated(part: Part, seconds: float, device: torch.device | str = "cpu") -> 
             part()
 
     return block, count
-
-
-def flops_per_image(model: nn.Module, image_size: int) -> int:
-    """Return the floating-point operations of one training step, forward and backward, per image.
-
-    A multiplication and an addition count as two. Counted on the meta device, so nothing is
-    computed; only what torch counts counts: convolutions and matrix products.
-    """
-    shadow = copy.deepcopy(model).to("meta").train()
-    # Two images: a batch normalisation refuses to train on one value per channel.
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    counter = FlopCounterMode(display=False)
-    with counter:
-        shadow(images).sum().backward()
-    return int(counter.get_total_flops()) // 2
 
 
 def matmul_rate(device: torch.device, seconds: float) -> float:

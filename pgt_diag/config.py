@@ -81,6 +81,24 @@ class Schedule(StrEnum):
     CONSTANT = "constant"
 
 
+class LrUpdate(StrEnum):
+    """When the learning rate moves: at every iteration, or once an epoch (the authors' code)."""
+
+    ITERATION = "iteration"
+    EPOCH = "epoch"
+
+
+class LrRule(StrEnum):
+    """The learning rate across batch sizes.
+
+    Constant, as the paper's "common set of hyperparameters" says; or linear: `lr` is that of the
+    base batch size, and others get it in proportion (Goyal et al. 2017, arXiv 1706.02677).
+    """
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+
+
 class Augment(StrEnum):
     """Training augmentation; auto chooses by data set."""
 
@@ -127,7 +145,8 @@ class RunConfig:
     """Everything that decides the course of a run. Choices may be given as text.
 
     Raises ConfigurationError, naming the key, the value and what is allowed, when a value cannot
-    be used. Learning rate, warm-up and schedule are counted in epochs but stepped every iteration.
+    be used. Warm-up and schedule are counted in epochs, and moved along at every iteration unless
+    `lr_update` says otherwise.
     """
 
     dataset: DatasetName = DatasetName.DIGITS
@@ -155,6 +174,8 @@ class RunConfig:
     accumulate: int = 1
     epochs: int = 100
     lr: float = 0.1
+    lr_rule: LrRule = LrRule.CONSTANT
+    lr_base_batch: int | None = None
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
@@ -163,7 +184,10 @@ class RunConfig:
     step_epochs: tuple[int, ...] = (30, 60, 90)
     warmup_epochs: float = 5.0
     warmup_lr: float = 4e-4
+    warmup_prefix: bool = True
+    cooldown_epochs: int = 0
     min_lr: float = 0.0
+    lr_update: LrUpdate = LrUpdate.ITERATION
 
     seed: int = 0
     device: Device = Device.AUTO
@@ -183,6 +207,13 @@ class RunConfig:
             value = coerce(field.name, getattr(self, field.name))
             object.__setattr__(self, field.name, value)
         _check(self)
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of warm-up: `lr`, by `lr_rule` for this batch size."""
+        if self.lr_base_batch is None:
+            return self.lr
+        return self.lr * self.batch_size / self.lr_base_batch
 
     @classmethod
     def from_mapping(cls, values: dict[str, Any], source: str = "") -> Self:
@@ -233,6 +264,7 @@ _OFTEN_MEANT = {
     "network": "model",
     "smoothing": "label_smoothing",
     "warmup": "warmup_epochs",
+    "cooldown": "cooldown_epochs",
 }
 _SHOWN = 100
 
@@ -355,6 +387,7 @@ def _check(config: RunConfig) -> None:
         raise ConfigurationError(
             f"warmup_epochs is {config.warmup_epochs}, more than the run's {config.epochs} epochs"
         )
+    _check_learning_rate(config)
     steps = list(config.step_epochs)
     if steps != sorted(set(steps)) or min(steps, default=1) < 1:
         raise ConfigurationError(f"step_epochs is {steps}; it must increase, from 1 or more")
@@ -377,6 +410,26 @@ def _check(config: RunConfig) -> None:
         raise ConfigurationError(f"amp is {config.amp} and device is cpu; {config.amp} needs a GPU")
 
 
+def _check_learning_rate(config: RunConfig) -> None:
+    if config.cooldown_epochs and config.warmup_epochs + config.cooldown_epochs > config.epochs:
+        raise ConfigurationError(
+            f"cooldown_epochs is {config.cooldown_epochs}, and {config.warmup_epochs:g} of the "
+            f"run's {config.epochs} epochs are warm-up"
+        )
+    if config.cooldown_epochs and config.schedule is Schedule.COSINE and config.min_lr == 0:
+        raise ConfigurationError(
+            f"cooldown_epochs is {config.cooldown_epochs} and min_lr is 0: nothing would change in "
+            "them; set min_lr"
+        )
+    linear = config.lr_rule is LrRule.LINEAR
+    if config.lr_base_batch is not None and not linear:
+        raise ConfigurationError("lr_base_batch has no effect with lr_rule constant")
+    if config.lr_base_batch is None and linear:
+        raise ConfigurationError(
+            "lr_rule is linear and lr_base_batch is not given; name the batch size that lr is for"
+        )
+
+
 _ANY = math.inf
 _MANY = 10**9
 """More of anything would only be a mistake, or somebody's attempt at one."""
@@ -395,10 +448,12 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("accumulate", 1, _MANY),
     ("epochs", 1, _MANY),
     ("lr", 0, _ANY),
+    ("lr_base_batch", 1, _MANY),
     ("momentum", 0, 1),
     ("weight_decay", 0, _ANY),
     ("warmup_epochs", 0, _ANY),
     ("warmup_lr", 0, _ANY),
+    ("cooldown_epochs", 0, _MANY),
     ("min_lr", 0, _ANY),
     ("seed", 0, 2**63 - 1),
     ("threads", 1, 1024),
@@ -476,8 +531,9 @@ def compose(
     """Return a configuration: options before the file, the file before the preset's values.
 
     With no preset, the one of the data set. A preset's stem is left out for a model that has none
-    to choose, and its warm-up is shortened to half of a shorter run. Also returns the preset that
-    was used. `source` is the file, for the message about a value of it.
+    to choose, and its warm-up is shortened to half of a shorter run; its batch size is the one that
+    `lr` is for where `lr_rule` is linear and names no other. Also returns the preset that was used.
+    `source` is the file, for the message about a value of it.
     """
     dataset = options.get("dataset", file.get("dataset"))
     if preset is None:
@@ -488,6 +544,8 @@ def compose(
         values.pop("stem", None)
     if "warmup_epochs" not in chosen and isinstance(values.get("epochs"), int):
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    if values.get("lr_rule") == LrRule.LINEAR and values.get("lr_base_batch") is None:
+        values["lr_base_batch"] = PRESETS[preset]["batch_size"]
     try:
         return RunConfig.from_mapping(values), preset
     except ConfigurationError as error:
@@ -495,6 +553,14 @@ def compose(
         raise ConfigurationError(f"{source}: {error}" if named and source else str(error)) from None
 
 
+TIMM = "timm/"
+"""What the names of timm's models begin with."""
+
+
 def has_stem(model: str) -> bool:
-    """Whether a network of this name has the stem that `Stem` chooses: torchvision's ResNets."""
+    """Whether a network of this name has the stem that `Stem` chooses: the plain ResNets."""
+    if model.startswith(
+        TIMM
+    ):  # timm's resnet50d, resnetv2_50, seresnetaa50d have stems of their own
+        return re.fullmatch(rf"{TIMM}(se)?res(net|next)\d+(_\d+x\d+d)?", model) is not None
     return model.startswith(("resnet", "resnext", "wide_resnet"))

@@ -154,7 +154,7 @@ class MapObserver:
         for name, places in taps.items():
             for tap in places:
                 self._readers.setdefault(tap.where, {}).setdefault(tap.reading, []).append(name)
-        self._gap_tap = self._choose_gap_tap(taps)
+        self._gap_tap = self._choose_gap_tap(taps, list(first.maps))
         gap = first.gap[self._gap_tap.where][self._gap_tap.reading]
         for module, side in {(c.module, c.side) for c in [*self._readers, self._gap_tap.where]}:
             self._hook(module, side)
@@ -165,13 +165,23 @@ class MapObserver:
                 self._add(call, first.maps[call])
             self._sink.add_gap(gap)
 
-    def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]]) -> Tap:
+    def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]], seen: list[Call]) -> Tap:
+        """Return the tap of the map that the forward pass showed last: it goes to the classifier.
+
+        Not the last module's: squeeze-and-excitation's gate comes before the map that it weighs.
+        """
         if self._gap_module is not None:
             return Tap(Call(self._gap_module, 0, "output"), "peak")
-        for name in reversed(convolutions(self._model)):
-            if name in taps:
-                return taps[name][-1]
-        raise ConfigurationError("the first forward pass showed no convolution's map")
+        order = {call: place for place, call in enumerate(seen)}
+        found = [
+            places[-1]
+            for name in convolutions(self._model)
+            for places in [taps.get(name)]
+            if places
+        ]
+        if not found:
+            raise ConfigurationError("the first forward pass showed no convolution's map")
+        return max(found, key=lambda tap: order[tap.where])
 
     def _check_named(self, first: "_FirstMaps") -> None:
         """Raise ConfigurationError for a module named by hand that shows no fitting map."""

@@ -21,6 +21,8 @@ class Plan:
     data: str
     train_images: int
     test_images: int
+    image_size: int
+    classes: int
     parameters: int
     filters: int
     device: str

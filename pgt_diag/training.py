@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -120,6 +121,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        **({"timm": sys.modules["timm"].__version__} if "timm" in sys.modules else {}),
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -466,6 +468,8 @@ class _Session:
             data=self.data.name,
             train_images=self.data.train_size,
             test_images=self.data.test_size,
+            image_size=self.data.image_size,
+            classes=len(self.data.classes),
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             filters=sum(layer.out_channels for layer in convolutions(self.model).values()),
             device=environment(self.device)["device"],

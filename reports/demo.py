@@ -243,7 +243,7 @@ class DemoRun:
 
     def _lr(self, iteration: np.ndarray) -> np.ndarray:
         time = iteration / max(1, self.iteration_count)
-        peak = self.config.lr if self.config else 0.1
+        peak = self.config.peak_lr if self.config else 0.1
         return np.asarray(
             np.where(time < 0.05, time / 0.05, 0.5 + 0.5 * np.cos(np.pi * time)) * peak
         )

@@ -4,7 +4,8 @@
 schema_version   1
 runs             one object per run
   label, path, name, status, message     label: the run's name in this report
-  method, alpha, batch_size, seed, lr    null for a recorder in somebody's own loop
+  method, alpha, batch_size, seed        null for a recorder in somebody's own loop
+  lr, lr_rule                            peak, and what made it of the batch size; likewise
   iterations, planned_iterations         on disk so far; as planned (null if unknown)
   filters, dead                          of the whole network; dead at the end
   silent_from_start, died_later          the two parts of `dead`
@@ -12,13 +13,14 @@ runs             one object per run
   first_death                            the first of a filter that had lived, or null: layer,
                                          layer_index, filter, iteration, revival_iteration, cause
   decay_budget                           Σ lr·wd/(1−μ) of the run; 4.6 makes a norm collapse
-  best_epoch                             by test accuracy, counted from 1
+  best_epoch                             by test accuracy, counted from 1; or the last
   train_accuracy, test_accuracy          of that epoch, in percent
   layers                                 layer, index, filters, dead, silent_from_start,
                                          revivals, first_death (an iteration)
 verdict          sentences (run, text), comparisons, warnings, and claims (statement,
                  judgement, evidence)
-table2           one object per row of Table 2, as `pgt-diag report --format json`
+table1, table2, table3                   one object per row of the paper's tables, as
+                                         `pgt-diag report --format json --table N` writes
 ```
 
 Numbers are plain; what is missing or not finite is null.
@@ -29,27 +31,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from reports.exports import plain_records
+from reports.layouts import LAYOUTS
 from reports.source import Run
-from reports.summary import RunSummary, summarise
-from reports.tables import table2
+from reports.summary import Epoch, RunSummary, summarise
+from reports.tables import paper_table
 from reports.verdict import verdict
 
 SCHEMA_VERSION = 1
 
 
-def digest(runs: Sequence[Run]) -> dict[str, Any]:
+def digest(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> dict[str, Any]:
     """Return the verdict and the tables of these runs as plain values, keys as above."""
-    judged = verdict(runs)
+    judged = verdict(runs, epoch)
     return {
         "schema_version": SCHEMA_VERSION,
-        "runs": [_run(summary) for summary in summarise(runs)],
+        "runs": [_run(summary) for summary in summarise(runs, epoch)],
         "verdict": {
             "sentences": [{"run": each.label, "text": each.text} for each in judged.sentences],
             "comparisons": list(judged.comparisons),
             "claims": [dict(vars(claim)) for claim in judged.claims],
             "warnings": list(judged.warnings),
         },
-        "table2": plain_records(table2(runs)),
+        **{
+            layout.anchor: plain_records(paper_table(layout, runs, epoch))
+            for layout in LAYOUTS.values()
+        },
     }
 
 
@@ -66,7 +72,8 @@ def _run(summary: RunSummary) -> dict[str, Any]:
         "alpha": config.alpha if config and config.method.uses_pgt else None,
         "batch_size": config.batch_size if config else None,
         "seed": config.seed if config else None,
-        "lr": config.lr if config else None,
+        "lr": config.peak_lr if config else None,
+        "lr_rule": str(config.lr_rule) if config else None,
         "iterations": run.iteration_count,
         "planned_iterations": planned if isinstance(planned, int) else None,
         "filters": summary.filters,

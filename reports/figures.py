@@ -2,15 +2,18 @@
 to the page, which sets them when it draws.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from pgt_diag.config import Method
+from pgt_diag.text import printable
+from reports.layouts import is_batch_normalised
 from reports.panels import Panel
 from reports.summary import RunSummary
-from reports.text import number, plotly_text
+from reports.text import method_label, number, plotly_text, plural
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
@@ -39,6 +42,65 @@ def learning_curves(summaries: Sequence[RunSummary], column: str) -> go.Figure:
                 marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 6},
             )
     return figure
+
+
+def figure2_panels(summaries: Sequence[RunSummary]) -> list[tuple[str, list[RunSummary]]]:
+    """Return the networks with batch normalisation that PGT and its baseline were trained on.
+
+    Each is a panel of the paper's Fig. 2: a title, and the finished runs of both methods that
+    share all but α, seed and the number of epochs, of which Fig. 2(c) compares two.
+    """
+    panels: dict[str, list[RunSummary]] = {}
+    for summary in summaries:
+        config = summary.run.config
+        if config is None or not is_batch_normalised(config) or config.label_smoothing:
+            continue
+        if summary.run.status == "finished" and config.method in (Method.BASELINE, Method.PGT):
+            name = config.model.rpartition("/")[2]
+            title = f"{name}, {config.schedule}, {config.dataset}, batch {config.batch_size}"
+            panels.setdefault(printable(title), []).append(summary)
+    return [
+        (title, runs) for title, runs in panels.items() if len({_method(each) for each in runs}) > 1
+    ]
+
+
+def figure2_curves(runs: Sequence[RunSummary]) -> dict[str, pd.DataFrame]:
+    """Return mean accuracies over seeds by epoch (from 1), by method, α and length of a panel.
+
+    Columns train_accuracy and test_accuracy, in percent.
+    """
+    lengths = {each.run.config.epochs for each in runs if each.run.config}
+    together: dict[str, list[pd.DataFrame]] = {}
+    for each in sorted(runs, key=lambda run: _method(run) != Method.BASELINE):
+        config, metrics = each.run.config, each.run.metrics
+        if config is None or "test_accuracy" not in metrics:
+            continue
+        label = method_label(each.run)
+        label += f", {plural(config.epochs, 'epoch')}" if len(lengths) > 1 else ""
+        columns = metrics[["train_accuracy", "test_accuracy"]]
+        together.setdefault(label, []).append(columns.set_axis(metrics["epoch"] + 1))
+    return {label: pd.concat(each).groupby(level=0).mean() for label, each in together.items()}
+
+
+def figure2(curves: Mapping[str, pd.DataFrame]) -> go.Figure:
+    """Return a panel of Fig. 2: test solid, train dotted, on logarithmic axes as the paper's."""
+    figure = _figure("epoch", "accuracy (%)")
+    figure.update_layout(xaxis_type="log", yaxis_type="log")
+    for place, (label, table) in enumerate(curves.items()):
+        for part, width, dash in (("train", 1.2, "dot"), ("test", 2.2, "solid")):
+            figure.add_scatter(
+                x=table.index,
+                y=table[f"{part}_accuracy"],
+                name=f"{plotly_text(label)}, {part}",
+                mode="lines+markers" if len(table) <= 40 and part == "test" else "lines",
+                line={"color": _colour(place), "width": width, "dash": dash},
+                marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 6},
+            )
+    return figure
+
+
+def _method(summary: RunSummary) -> Method | None:
+    return summary.run.config.method if summary.run.config else None
 
 
 def iteration_curves(

@@ -5,13 +5,14 @@ import os
 from pathlib import Path
 
 from pgt_diag.errors import ConfigurationError, NoSpaceError, PgtDiagError
-from reports.exports import LATEX_MARK
+from reports.exports import LATEX_MARKS
 
 _HEAD = 4096
 _MARKS = (
     '<meta name="generator" content="pgt-diag',
-    LATEX_MARK,
+    *LATEX_MARKS,
     "setting,batch_size,method,",
+    "setting,model,schedule,",
     '[\n  {\n    "setting": ',
 )
 """What our pages and tables have near their beginning, and hardly any other file."""

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,7 +16,7 @@ from reports import records, sections
 from reports.demo import DemoRun
 from reports.panels import DEFAULT_LAYERS
 from reports.source import Run
-from reports.summary import summarise
+from reports.summary import Epoch, summarise
 from reports.text import ascii_script, ascii_style, json_island, plural
 from reports.verdict import verdict
 
@@ -29,7 +30,8 @@ CONTENTS = (
     ("fig4", "Figure 4"),
     ("zero-out", "Zero-out map"),
     ("deaths", "Deaths"),
-    ("table2", "Table 2"),
+    ("fig2", "Figure 2"),
+    ("tables", ""),
     ("curves", "Learning curves"),
     ("clipping", "Clipping"),
     ("runs", "Runs"),
@@ -42,6 +44,7 @@ def build_page(
     layers: Sequence[int | str] | None = None,
     title: str | None = None,
     other_layers: bool = True,
+    epoch: Epoch = Epoch.BEST,
 ) -> str:
     """Return the report on these runs as one complete HTML document.
 
@@ -51,7 +54,7 @@ def build_page(
     came with the runs.
     Raises ConfigurationError when no run has one of the layers.
     """
-    summaries = summarise(runs)
+    summaries = summarise(runs, epoch)
     islands: dict[str, object] = {}
     page = sections.figure3(summaries, layers or DEFAULT_LAYERS, islands, other_layers=other_layers)
     page |= {
@@ -60,17 +63,18 @@ def build_page(
         "subtitle": _subtitle(runs),
         "demo": any(isinstance(run, DemoRun) for run in runs),
         "runs": summaries,
-        "verdict": verdict(runs),
+        "verdict": verdict(runs, epoch),
         "fig4": sections.figure4(summaries),
         "zero_out": sections.zero_out(summaries, islands),
         "deaths": records.deaths(summaries, islands),
-        "table2": records.table_2(runs),
+        "fig2": sections.figure2(summaries, islands),
+        "tables": records.paper_tables(runs, epoch),
         "charts": sections.curves(summaries, islands),
         "clipping": sections.clipping(summaries, islands),
         "run_cards": records.run_cards(summaries),
         "config_tables": records.config_tables(summaries),
     }
-    page["contents"] = [each for each in CONTENTS if each[0] != "clipping" or page["clipping"]]
+    page["contents"] = _contents(page)
     first = {"panel-axes"} | {panel["id"] for row in page["fig3"] for panel in row}
     embedded = [(key, Markup(json_island(value))) for key, value in islands.items()]
     # What Fig. 3 needs comes before the script, so that its lines need not wait for the rest.
@@ -79,6 +83,17 @@ def build_page(
     text = _environment().get_template("report.html.jinja").render(page | _assets())
     # One sign beyond Latin-1 makes a browser keep megabytes of data as two bytes a character.
     return text.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _contents(page: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the sections that this page has: anchors and names."""
+    contents: list[tuple[str, str]] = []
+    for anchor, name in CONTENTS:
+        if anchor == "tables":
+            contents += [(table["anchor"], table["name"]) for table in page["tables"]]
+        elif page.get(anchor, True):  # the charts of what these runs do not have are None
+            contents.append((anchor, name))
+    return contents
 
 
 def _title(labels: Sequence[str]) -> str:

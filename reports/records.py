@@ -1,4 +1,4 @@
-"""What the template prints of tables and runs: deaths, Table 2, commands, configurations."""
+"""What the template prints of tables and runs: deaths, accuracies, commands, configurations."""
 
 import math
 import shlex
@@ -10,10 +10,11 @@ import pandas as pd
 
 from pgt_diag.filters import death_window
 from pgt_diag.text import printable
+from reports.layouts import Layout
 from reports.sections import Islands
 from reports.source import Run
-from reports.summary import RunSummary
-from reports.tables import MARKED, table2
+from reports.summary import Epoch, RunSummary
+from reports.tables import fitting_layouts, paper_table
 from reports.text import METHOD_NAMES, number, plural, share
 
 MAX_DEATHS = 20_000
@@ -54,56 +55,104 @@ def deaths(summaries: Sequence[RunSummary], islands: Islands) -> dict[str, objec
     }
 
 
-def table_2(runs: Sequence[Run]) -> list[dict[str, object]]:
-    """Return Table 2 as groups of formatted rows."""
-    table = table2(runs)
+EPOCH_NOTES = {
+    Epoch.BEST: "Best epoch by test accuracy, as the authors report",
+    Epoch.LAST: "Last epoch",
+}
+
+_HEADS = {
+    "batch_size": "batch",
+    "model": "network",
+    "schedule": "schedule",
+    "label_smoothing": "smoothing",
+    "method": "method",
+    "alpha": "α",
+}
+_NUMERIC_HEADS = ("batch_size", "label_smoothing", "alpha")
+
+
+def paper_tables(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> list[dict[str, Any]]:
+    """Return those of the paper's tables that these runs fill, as groups of formatted rows."""
+    return [_paper_table(layout, runs, epoch) for layout in fitting_layouts(runs)]
+
+
+def _paper_table(layout: Layout, runs: Sequence[Run], epoch: Epoch) -> dict[str, Any]:
     groups: list[dict[str, Any]] = []
-    for row in table.to_dict("records"):
-        setting = "" if row["runs"] == 0 else str(row["setting"])
-        key = (setting, str(row["batch_size"]))
+    for row in paper_table(layout, runs, epoch).to_dict("records"):
+        missing = row["runs"] == 0
+        key = (str(row["setting"]), *(str(row[name]) for name in layout.group))
         if not groups or groups[-1]["key"] != key:
-            title = setting
-            if row["runs"] == 0 and (not groups or groups[-1]["setting_kind"] != "paper"):
-                title = "in the paper only"
-            kind = "paper" if row["runs"] == 0 else "ours"
-            groups.append({"key": key, "setting": title, "setting_kind": kind, "rows": []})
-        groups[-1]["rows"].append(_table2_row(row))
-    return groups
+            before = groups[-1]["told"] if groups else None
+            told = "in the paper only" if missing else str(row["setting"])
+            # Where settings come first, each is told once, above all that was trained in it.
+            title = "" if told == before and (missing or layout.by_setting) else told
+            groups.append({"key": key, "setting": title, "told": told, "rows": []})
+        groups[-1]["rows"].append(_table_row(row, layout))
+    return {
+        "anchor": layout.anchor,
+        "name": layout.name,
+        "title": layout.title,
+        "note": " ".join(filter(None, (f"{EPOCH_NOTES[epoch]}.", layout.note))),
+        "heads": [
+            {"name": _HEADS[name], "numeric": name in _NUMERIC_HEADS} for name in layout.heads
+        ],
+        "values": [_value_name(name) for name in layout.values],
+        "paper_values": [_value_name(name) for name in layout.paper_values],
+        "groups": groups,
+    }
 
 
-def _table2_row(row: dict[Any, Any]) -> dict[str, object]:
-    known = {str(method): name for method, name in METHOD_NAMES.items()}
+def _value_name(column: str) -> str:
+    part, _, what = column.partition("_")
+    return {"accuracy": f"{part} %", "difference": "difference", "": part}[what]
+
+
+def _table_row(row: dict[Any, Any], layout: Layout) -> dict[str, Any]:
     missing = row["runs"] == 0
-    alpha = row["paper_alpha"] if missing else row["alpha"]
-    formatted: dict[str, object] = {
+    shown = row | {"alpha": row["paper_alpha"]} if missing else row
+    cells = [
+        _cell(row, column, row[_wide(column)]) for column in ("" if missing else layout.values)
+    ]
+    return {
         "missing": missing,
-        "batch": "–" if pd.isna(row["batch_size"]) else int(row["batch_size"]),
-        "method": known.get(str(row["method"]), str(row["method"])),
-        "alpha": "–" if pd.isna(alpha) else f"{alpha:g}",
+        "heads": [_head(name, shown[name]) for name in layout.heads],
         "runs": row["runs"],
         "note": "; ".join(filter(None, (row["variant"], row["note"]))),
+        "cells": cells,
         "dead": "–" if missing else number(row["dead"], 0 if row["runs"] == 1 else 1),
+        "paper": [
+            _cell(row, f"paper_{column}", math.nan, digits=2 if "train" in column else 3)
+            for column in layout.paper_values
+        ],
     }
-    for column in MARKED:
-        part = column.split("_")[0]
-        if not missing:
-            wide = f"{part}_spread" if "accuracy" in column else f"{part}_interval"
-            formatted[part if "accuracy" in column else column] = _cell(row, column, row[wide])
-    formatted["paper"] = [
-        _cell(row, f"paper_{part}_{what}", math.nan, digits=3 if part == "test" else 2)
-        for part in ("train", "test")
-        for what in ("accuracy", "difference")
-    ]
-    return formatted
+
+
+def _head(name: str, value: Any) -> str:
+    if name == "method":
+        known = {str(method): told for method, told in METHOD_NAMES.items()}
+        return known.get(str(value), str(value))
+    if pd.isna(value) or (name == "label_smoothing" and not value):
+        return "–"
+    if name == "model":
+        return printable(value).rpartition("/")[2]
+    if name == "batch_size":
+        return str(int(value))
+    return str(value) if name == "schedule" else f"{value:g}"
+
+
+def _wide(column: str) -> str:
+    part, _, what = column.partition("_")
+    return f"{part}_interval" if what == "difference" else f"{part}_spread"
 
 
 def _cell(row: dict[Any, Any], column: str, spread: float, digits: int = 2) -> dict[str, object]:
-    difference = "difference" in column
+    """Return a value as it is printed; part is what colour marks its best, '' for a difference."""
+    kind = next(name for name in ("difference", "gap", "train", "test") if name in column)
     return {
-        "value": number(row[column], digits, sign=difference),
+        "value": number(row[column], digits, sign=kind == "difference"),
         "spread": "" if pd.isna(spread) else number(spread),
-        "best": row[f"best_{column}"],
-        "part": "" if difference else ("train" if "train" in column else "test"),
+        "best": bool(row.get(f"best_{column}", False)),
+        "part": "" if kind == "difference" else kind,
     }
 
 

@@ -5,7 +5,7 @@ each as escaped JSON.
 """
 
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -214,6 +214,32 @@ def _revival_marks(each: zeroout.ZeroOutMap, layers: list[str]) -> list[dict[str
         }
         for row in each.revivals.head(MAX_REVIVAL_MARKS).itertuples()
     ]
+
+
+def figure2(summaries: Sequence[RunSummary], islands: Islands) -> list[dict[str, object]] | None:
+    """Return Fig. 2's panels, a chart and its sentences each; None where no runs make one."""
+    panels = []
+    for title, runs in figures.figure2_panels(summaries):
+        means = figures.figure2_curves(runs)
+        chart = _chart(title, figures.figure2(means), islands)
+        panels.append(chart | {"sentences": _overtaking(means)})
+    return panels or None
+
+
+def _overtaking(means: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Say when each curve has the best test accuracy of the first, the baseline: Fig. 2(c)."""
+    (first, start), *others = means.items()
+    goal, its_epoch = float(start["test_accuracy"].max()), start["test_accuracy"].idxmax()
+    told = f"the {number(goal)} % that {first} has at its best, epoch {its_epoch}"
+    sentences = []
+    for label, table in others:
+        reached = table.index[table["test_accuracy"] >= goal]
+        if len(reached):
+            sentences.append(f"{label}: at epoch {reached[0]} it has {told}.")
+        else:
+            best = number(float(table["test_accuracy"].max()))
+            sentences.append(f"{label}: never has {told}; {best} % at its own best.")
+    return sentences
 
 
 def curves(summaries: Sequence[RunSummary], islands: Islands) -> list[dict[str, object]]:

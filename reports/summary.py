@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 import numpy as np
@@ -19,9 +20,19 @@ ABSORBING_SUFFIX = "conv1"
 """Layers that cannot revive: the stem and each block's first convolution end in it."""
 
 
+class Epoch(StrEnum):
+    """Which epoch's accuracies a run is told by: the best test accuracy's, or the last.
+
+    The authors' code reports the best. It chooses by the images it reports on, so it flatters.
+    """
+
+    BEST = "best"
+    LAST = "last"
+
+
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies in percent of the epoch with the best test accuracy, as the paper reports.
+    """Accuracies in percent of one epoch.
 
     `epoch` counts from 1, as people do; metrics.csv counts from 0.
     """
@@ -49,6 +60,7 @@ class RunSummary:
 
     run: Run
     label: str
+    epoch: Epoch = Epoch.BEST
 
     @cached_property
     def deaths(self) -> pd.DataFrame:
@@ -140,11 +152,13 @@ class RunSummary:
 
     @cached_property
     def accuracy(self) -> Accuracy | None:
-        """Accuracy at the best epoch, or None where no epoch was tested."""
+        """Accuracy at the best epoch (or the last), or None where no epoch was tested."""
         metrics = self.run.metrics
         if metrics.empty or "test_accuracy" not in metrics or metrics["test_accuracy"].isna().all():
             return None
-        best = metrics.iloc[int(np.nanargmax(metrics["test_accuracy"].to_numpy(np.float64)))]
+        tested = metrics["test_accuracy"].to_numpy(np.float64)
+        last = int(np.flatnonzero(~np.isnan(tested))[-1])
+        best = metrics.iloc[last if self.epoch is Epoch.LAST else int(np.nanargmax(tested))]
         train = float(best["train_accuracy"]) if "train_accuracy" in metrics else math.nan
         return Accuracy(train, float(best["test_accuracy"]), int(best.get("epoch", best.name)) + 1)
 
@@ -157,14 +171,15 @@ class RunSummary:
         return decay_budget(lr, config.weight_decay, config.momentum, iteration)
 
 
-def summarise(runs: Sequence[Run]) -> list[RunSummary]:
+def summarise(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> list[RunSummary]:
     """Label the runs and pair each with its summary.
 
     Two runs are put in the paper's order, baseline first; more keep the order they came in.
     """
     if len(runs) == 2:
         runs = sorted(runs, key=_is_not_baseline)
-    return [RunSummary(run, label) for run, label in zip(runs, run_labels(runs), strict=True)]
+    labels = run_labels(runs)
+    return [RunSummary(run, label, epoch) for run, label in zip(runs, labels, strict=True)]
 
 
 def can_revive(layer: Layer) -> bool:

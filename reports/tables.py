@@ -1,40 +1,26 @@
-"""Table 2 and the other tables of a report, as DataFrames."""
+"""The paper's Tables 1, 2 and 3, filled from runs, as DataFrames."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pgt_diag.paper import TABLE_2
+from pgt_diag.config import Method, RunConfig
+from pgt_diag.paper import TABLE_3_MODEL
+from reports.layouts import LAYOUTS, SETTING_KEYS, Layout, is_batch_normalised, method_place
 from reports.source import Run
-from reports.summary import RunSummary, summarise
-from reports.text import METHOD_NAMES, join
+from reports.summary import Epoch, RunSummary, summarise
+from reports.text import join
 
-
-def _paper_table() -> pd.DataFrame:
-    table = pd.DataFrame(
-        TABLE_2,
-        columns=["batch_size", "method", "alpha", "train_accuracy", "test_accuracy"],
-    )
-    table["method"] = [str(method) for method in table["method"]]
-    baseline = table[table["method"] == "baseline"].set_index("batch_size")
-    for part in ("train", "test"):
-        start = table["batch_size"].map(baseline[f"{part}_accuracy"])
-        difference = (table[f"{part}_accuracy"] - start).round(3)
-        table[f"{part}_difference"] = difference.mask(table["method"] == "baseline")
-    return table
-
-
-PAPER_TABLE_2 = _paper_table()
+PAPER_TABLE_2 = LAYOUTS[2].paper
 """Table 2 of the paper: non-BN ResNet-18 on ImageNet-1K, accuracies in percent."""
-
-SETTING_KEYS = ("dataset", "model", "norm", "stem", "image_size", "augment", "epochs")
-"""What two runs must share, beside batch size and seed, for their difference to mean the method."""
 
 RECIPE_KEYS = (
     "lr", "weight_decay", "momentum", "nesterov", "decay_biases", "schedule", "step_epochs",
-    "warmup_epochs", "warmup_lr", "min_lr", "label_smoothing",
+    "warmup_epochs", "warmup_lr", "warmup_prefix", "cooldown_epochs", "min_lr", "lr_update",
+    "label_smoothing",
 )  # fmt: skip
 """What a pair should share as well; where it cannot, the difference is not the method's alone."""
 
@@ -64,7 +50,7 @@ def interval95(values: Iterable[float]) -> float:
 def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
     """Return one row per run: setting, batch size, seed, method, alpha, status, accuracies, dead.
 
-    Accuracies are those of the epoch with the best test accuracy. A run without a configuration
+    Accuracies are those of the epoch that the summaries are made for. A run without a configuration
     has its label as method and no batch size.
     """
     rows = []
@@ -75,15 +61,19 @@ def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
             {
                 "label": summary.label,
                 "status": run.status,
-                "setting": _setting(run),
+                "setting": _setting(run, SETTING_KEYS),
                 "batch_size": config.batch_size if config else None,
                 "seed": config.seed if config else None,
                 "method": str(config.method) if config else summary.label,
                 "alpha": config.alpha if config and config.method.uses_pgt else math.nan,
+                "model": config.model if config else None,
+                "schedule": str(config.schedule) if config else None,
+                "label_smoothing": config.label_smoothing if config else math.nan,
                 "recipe": _values(run, RECIPE_KEYS),
                 "options": _values(run, METHOD_KEYS),
                 "train_accuracy": accuracy.train if accuracy else math.nan,
                 "test_accuracy": accuracy.test if accuracy else math.nan,
+                "gap": accuracy.train - accuracy.test if accuracy else math.nan,
                 "dead": summary.dead,
                 "filters": summary.filters,
             }
@@ -93,7 +83,11 @@ def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
 
 
 def _values(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
-    return tuple(str(getattr(run.config, key)) for key in keys) if run.config else ()
+    if run.config is None:
+        return ()
+    # What two runs were trained with, whichever rule made it.
+    values = {"lr": run.config.peak_lr}
+    return tuple(str(values.get(key, getattr(run.config, key))) for key in keys)
 
 
 def paired_differences(table: pd.DataFrame) -> pd.DataFrame:
@@ -128,89 +122,139 @@ def paired_differences(table: pd.DataFrame) -> pd.DataFrame:
     return differences
 
 
-def table2(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return Table 2 of these runs, the paper's values beside them.
+def paper_table(layout: Layout, runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> pd.DataFrame:
+    """Return one of the paper's tables of these runs, the paper's values beside them.
 
-    One row per setting, batch size (largest first, those that only the paper has last), method (in
-    the paper's order), α and `variant` (the learning rate and so on, where runs of a cell differ
-    in more than the seed). Means and spreads (standard deviation) over the finished runs;
-    differences are means over pairs with the baseline of the same setting, batch size and seed,
-    with the half-width of their 95 % interval; see `paired_differences`. `note` says what was left
-    out or differs besides the method. Rows with `runs` 0 are cells of the paper that these
-    runs do not have. `best_*` marks the best of each setting and batch size.
+    One row per setting, the layout's keys (in the paper's order) and `variant` (the learning rate
+    and so on, where runs of a cell differ in more than the seed). Means and spreads (standard
+    deviation) over the finished runs of their accuracies at `epoch`; differences are means over
+    pairs with the baseline of the same setting, batch size and seed, with the half-width of their
+    95 % interval; see `paired_differences`. `note` says what was left out or differs besides the
+    method. Rows with `runs` 0 are cells of the paper that these runs do not have. `best_*` marks
+    the best of each setting and group.
     """
-    table = _with_lr_rule(runs_table(summarise(runs)))
-    ours = [_cell(key, group) for key, group in _cells(table)]
-    have = {(row["batch_size"], row["method"]) for row in ours}
+    summaries = [each for each in summarise(runs, epoch) if _belongs(layout, each.run, runs)]
+    table = runs_table(summaries)
+    ours: list[dict[str, object]] = []
+    if summaries:
+        usable = table[table["status"] == "finished"]
+        table = table.join(paired_differences(usable))
+        table["setting"] = [_setting(each.run, layout.setting) for each in summaries]
+        table = _with_lr_rule(table, summaries)
+        ours = [_cell(key, group) for key, group in _cells(table, layout)]
+    have = {_known(row, layout.match) for row in ours}
     missing: list[dict[str, object]] = [
-        {
-            "batch_size": row.batch_size,
-            "method": row.method,
-            "runs": 0,
-            "note": "not run",
-            "setting": "",
-            "variant": "",
-        }
-        for row in PAPER_TABLE_2.itertuples()
-        if (row.batch_size, row.method) not in have
+        {key: row[key] for key in layout.match}
+        | {"runs": 0, "note": "not run", "setting": "", "variant": ""}
+        for row in layout.paper.to_dict("records")
+        if _known(row, layout.match) not in have
     ]
-    result = pd.DataFrame(ours + missing, columns=_COLUMNS)
-    result = _beside_paper(_in_paper_order(result))
-    return _mark_best(result)
+    result = pd.DataFrame(ours + missing, columns=["setting", *layout.keys, *_COLUMNS])
+    if "batch_size" in layout.keys:
+        result = result.astype({"batch_size": "Int64"})
+    result = _beside_paper(_in_paper_order(result, layout), layout)
+    return _mark_best(result, layout)
+
+
+def table1(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> pd.DataFrame:
+    """Return Table 1 of these runs: networks with batch normalisation, by schedule and method."""
+    return paper_table(LAYOUTS[1], runs, epoch)
+
+
+def table2(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> pd.DataFrame:
+    """Return Table 2 of these runs: networks without batch normalisation, by batch and method."""
+    return paper_table(LAYOUTS[2], runs, epoch)
+
+
+def table3(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> pd.DataFrame:
+    """Return Table 3 of these runs: with batch normalisation, schedule × smoothing × α."""
+    return paper_table(LAYOUTS[3], runs, epoch)
+
+
+def fitting_layouts(runs: Sequence[Run]) -> list[Layout]:
+    """Return the tables that these runs have rows for; Table 2 where there are none at all."""
+    fitting = [
+        layout for layout in LAYOUTS.values() if any(_belongs(layout, run, runs) for run in runs)
+    ]
+    return fitting or [LAYOUTS[2]]
+
+
+def _belongs(layout: Layout, run: Run, runs: Sequence[Run]) -> bool:
+    """Whether a run has its row in a table: Table 2 is of networks without batch normalisation.
+
+    Table 3 has those of the other networks of which the ablation is: ResNet-50, as in the paper,
+    and any whose labels some run smoothes.
+    """
+    config = run.config
+    if config is None or not is_batch_normalised(config) or layout.number == 2:
+        return layout.number == 2 and not is_batch_normalised(config)
+    if layout.number == 1:
+        return True
+    ablated = {TABLE_3_MODEL} | {
+        each.config.model for each in runs if each.config and each.config.label_smoothing
+    }
+    return config.method in (Method.BASELINE, Method.PGT) and config.model in ablated
+
+
+def _known(row: Mapping[Any, Any], keys: Sequence[str]) -> tuple[object, ...]:
+    """Return a row's values as a key of a set, in which all missing ones are the same."""
+    return tuple(None if pd.isna(row[key]) else row[key] for key in keys)
 
 
 _COLUMNS = [
-    "setting", "batch_size", "method", "alpha", "variant", "runs", "note",
-    "train_accuracy", "train_spread", "test_accuracy", "test_spread",
+    "variant", "runs", "note",
+    "train_accuracy", "train_spread", "test_accuracy", "test_spread", "gap", "gap_spread",
     "pairs", "train_difference", "train_interval", "test_difference", "test_interval",
     "dead", "filters",
 ]  # fmt: skip
 
 
-def _setting(run: Run) -> str:
+def _setting(run: Run, keys: Sequence[str]) -> str:
     if run.config is None:
         return "own training loop"
     values = run.config.to_mapping()
-    shown = [values["model"], values["dataset"], f"{values['epochs']} epochs"]
-    shown += [
-        f"{key} {values[key]}"
-        for key in SETTING_KEYS
-        if key not in ("model", "dataset", "epochs") and values[key] not in (None, "auto", "none")
+    told = {"epochs": "{} epochs", "batch_size": "batch {}", "model": "{}", "dataset": "{}"}
+    shown = [
+        told.get(key, f"{key.replace('_', ' ')} {{}}").format(values[key])
+        for key in keys
+        if values[key] not in (None, "auto", "none", 0.0)
     ]
-    return ", ".join(str(value) for value in shown)
+    return ", ".join(shown)
 
 
-def _with_lr_rule(table: pd.DataFrame) -> pd.DataFrame:
-    """Add to each setting of several batch sizes how their learning rates are related."""
-    if table.empty:
-        return table
-    place = RECIPE_KEYS.index("lr")
-    for setting, group in table[table["recipe"].map(len) > 0].groupby("setting"):
-        rates: dict[int, set[float]] = {}
-        for size, recipe in zip(group["batch_size"], group["recipe"], strict=True):
-            rates.setdefault(int(size), set()).add(float(recipe[place]))
+def _with_lr_rule(table: pd.DataFrame, summaries: Sequence[RunSummary]) -> pd.DataFrame:
+    """Add to each setting what its learning rates are, and what made them of the batch size."""
+    configs = pd.Series([each.run.config for each in summaries], index=table.index, dtype=object)
+    for setting, group in table[configs.notna()].groupby("setting"):
+        mine: list[RunConfig] = list(configs[group.index])
+        rates = {size: {c.peak_lr for c in mine if c.batch_size == size} for size in _sizes(mine)}
         # Where runs of one batch size differ, each row says its own rate.
-        if len(rates) > 1 and all(len(each) == 1 for each in rates.values()):
-            by_size = {size: min(rates[size]) for size in sorted(rates)}
-            table.loc[group.index, "setting"] = f"{setting}, {_lr_rule(by_size)}"
+        if all(len(each) == 1 for each in rates.values()):
+            by_size = {size: min(each) for size, each in rates.items()}
+            table.loc[group.index, "setting"] = f"{setting}, {_lr_rule(by_size, mine)}"
     return table
 
 
-def _lr_rule(rates: dict[int, float]) -> str:
+def _sizes(configs: Sequence[RunConfig]) -> list[int]:
+    return sorted({config.batch_size for config in configs})
+
+
+def _lr_rule(rates: dict[int, float], configs: Sequence[RunConfig]) -> str:
     first = next(iter(rates))
-    if len(set(rates.values())) == 1:
-        return f"lr {rates[first]:g} at every batch size (constant)"
     shown = ", ".join(f"{lr:g} at {size}" for size, lr in rates.items())
+    bases = {(config.lr, config.lr_base_batch) for config in configs if config.lr_base_batch}
+    if bases:
+        known = {(lr, size) for size, lr in rates.items()}
+        told = "".join(f", from {lr:g} at {size}" for lr, size in sorted(bases - known, key=str))
+        return f"lr {shown} (linear in the batch size{told})"
+    if len(set(rates.values())) == 1:
+        return f"lr {rates[first]:g}{' at every batch size' * (len(rates) > 1)} (constant)"
     linear = all(math.isclose(lr * first, rates[first] * size) for size, lr in rates.items())
-    return f"lr {shown}" + (" (linear in the batch size)" if linear else "")
+    return f"lr {shown}" + (" (linear in the batch size)" if linear else " (chosen for each)")
 
 
-def _cells(table: pd.DataFrame) -> list[tuple[dict[str, object], pd.DataFrame]]:
-    if table.empty:
-        return []
-    usable = table[table["status"] == "finished"]
-    table = table.join(paired_differences(usable))
-    key = ["setting", "batch_size", "method", "alpha"]
+def _cells(table: pd.DataFrame, layout: Layout) -> list[tuple[dict[str, object], pd.DataFrame]]:
+    key = ["setting", *layout.keys]
     table["variant"] = ""
     for _, group in table.groupby(key, dropna=False):
         table.loc[group.index, "variant"] = _variants(group)
@@ -249,6 +293,8 @@ def _cell(key: dict[str, object], group: pd.DataFrame) -> dict[str, object]:
         said = f"differs from its baseline in {join(sorted(confounded))} too"
         cell["note"] = "; ".join(filter(None, (note, said)))
     cell["dead"] = float(used["dead"].mean())
+    cell["gap"] = float(used["gap"].mean())
+    cell["gap_spread"] = float(used["gap"].std(ddof=1)) if len(used) > 1 else math.nan
     for part in ("train", "test"):
         accuracy, difference = used[f"{part}_accuracy"], used[f"{part}_difference"].dropna()
         cell[f"{part}_accuracy"] = float(accuracy.mean())
@@ -258,39 +304,40 @@ def _cell(key: dict[str, object], group: pd.DataFrame) -> dict[str, object]:
     return cell
 
 
-def _in_paper_order(table: pd.DataFrame) -> pd.DataFrame:
-    order = {str(method): place for place, method in enumerate(METHOD_NAMES)}
-    ours = set(table.loc[table["runs"] > 0, "batch_size"].dropna())
-    return (
-        table.assign(
-            # Batch sizes of which these runs have nothing come last.
-            _foreign=(table["runs"] == 0) & ~table["batch_size"].isin(ours),
-            _paper=table["runs"] == 0,
-            _place=table["method"].map(order).fillna(len(order)),
-            batch_size=table["batch_size"].astype("Int64"),
-        )
-        .sort_values(
-            ["_foreign", "batch_size", "_paper", "setting", "_place", "alpha", "variant"],
-            ascending=[True, False, True, True, True, True, True],
-            ignore_index=True,
-        )
-        .drop(columns=["_foreign", "_paper", "_place"])
-    )
+def _in_paper_order(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    rows = table.to_dict("records")
+    ours = {_known(row, layout.group) for row in rows if row["runs"]}
+
+    def place(index: int) -> tuple[object, ...]:
+        row = rows[index]
+        only_papers = row["runs"] == 0
+        alpha = math.inf if pd.isna(row["alpha"]) else row["alpha"]
+        last = (method_place(row["method"]), alpha, row["variant"])
+        if layout.by_setting:
+            # The plainest setting first: each other one names what it has besides.
+            plainest = (row["setting"].count(","), row["setting"])
+            return (only_papers, *plainest, *layout.place(row), *last)
+        # Groups of which these runs have nothing come last.
+        foreign = only_papers and _known(row, layout.group) not in ours
+        return (foreign, *layout.place(row), only_papers, row["setting"], *last)
+
+    return table.loc[sorted(range(len(rows)), key=place)].reset_index(drop=True)
 
 
-def _beside_paper(table: pd.DataFrame) -> pd.DataFrame:
-    paper = PAPER_TABLE_2.rename(
-        columns={name: f"paper_{name}" for name in ("alpha", *MARKED)}
-    ).astype({"batch_size": "Int64"})
-    return table.merge(paper, on=["batch_size", "method"], how="left")
+def _beside_paper(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    shown = [name for name in ("alpha", *MARKED, "gap") if name in layout.paper]
+    paper = layout.paper[list(layout.match)].join(layout.paper[shown].add_prefix("paper_"))
+    if "batch_size" in layout.match:
+        paper = paper.astype({"batch_size": "Int64"})
+    return table.merge(paper, on=list(layout.match), how="left")
 
 
-def _mark_best(table: pd.DataFrame) -> pd.DataFrame:
-    """Add best_* (of ours) and best_paper_*: the largest of the setting and batch size."""
+def _mark_best(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
+    """Add best_* (of ours) and best_paper_*: the largest of the setting and group."""
     for column in MARKED:
         for name, group in (
-            (column, ["setting", "batch_size"]),
-            (f"paper_{column}", ["batch_size"]),
+            (column, ["setting", *layout.group]),
+            (f"paper_{column}", list(layout.group)),
         ):
             value = table[name].astype(float)
             best = value.groupby([table[key] for key in group], dropna=False).transform("max")

@@ -88,6 +88,30 @@ def method_label(run: Run) -> str:
     return f"{name} (α {run.config.alpha:g})" if run.config.method.uses_pgt else name
 
 
+_TELLING = {
+    "model": "{}",
+    "schedule": "{}",
+    "label_smoothing": "smoothing {:g}",
+    "epochs": "{} epochs",
+    "batch_size": "batch {}",
+    "seed": "seed {}",
+}
+"""What tells runs apart beside the method, and how a label says it."""
+
+
+def _by_what_differs(run: Run, runs: Sequence[Run]) -> str:
+    """Return a label of the method and of what not all of the runs share."""
+    if run.config is None:
+        return ""
+    configs = [each.config for each in runs if each.config is not None]
+    values = [
+        told.format(getattr(run.config, key))
+        for key, told in _TELLING.items()
+        if len({getattr(config, key) for config in configs}) > 1
+    ]
+    return printable(", ".join([method_label(run), *values]).replace("timm/", ""))
+
+
 def run_labels(runs: Sequence[Run]) -> list[str]:
     """Return a distinct label for each run: as short as tells them apart."""
     ways: list[Callable[[Run], str]] = [
@@ -99,6 +123,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
             if run.config
             else ""
         ),
+        lambda run: _by_what_differs(run, runs),
         lambda run: printable(run.name),
     ]
     for way in ways:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from pgt_diag.text import printable
 from reports.claims import Claim, compare, comparison, judge
+from reports.layouts import SETTING_KEYS
 from reports.source import Run
-from reports.summary import NORM_TEST_BUDGET, RunSummary, summarise
-from reports.tables import SETTING_KEYS, runs_table
+from reports.summary import NORM_TEST_BUDGET, Epoch, RunSummary, summarise
+from reports.tables import runs_table
 from reports.text import METHOD_NAMES, join, number, plural, share
 
 MAX_SINGLE_FACTS = 4
@@ -48,15 +49,15 @@ class Verdict:
     warnings: tuple[str, ...]
 
 
-def verdict(runs: Sequence[Run]) -> Verdict:
+def verdict(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> Verdict:
     """Judge the runs; works for one run, for many, and for runs that have barely started."""
-    summaries = summarise(runs)
+    summaries = summarise(runs, epoch)
     pairs = compare(summaries)
     return Verdict(
         facts=tuple(_facts(summaries)),
         sentences=tuple(Statement(each.label, _course(each)) for each in summaries),
         comparisons=tuple(comparison(pair) for pair in pairs),
-        claims=tuple(judge(summaries, pairs)),
+        claims=tuple(judge(summaries)),
         warnings=tuple(_status_warnings(summaries) + _comparability_warnings(summaries)),
     )
 
@@ -74,7 +75,8 @@ def _facts(summaries: Sequence[RunSummary]) -> list[Fact]:
         facts.append(Fact(f"{summary.dead:,}", summary.label, detail))
     for summary in summaries if len(summaries) <= 2 else ():
         if summary.accuracy:
-            detail = f"best test accuracy, epoch {summary.accuracy.epoch}"
+            which = "best" if summary.epoch is Epoch.BEST else "last"
+            detail = f"{which} test accuracy, epoch {summary.accuracy.epoch}"
             facts.append(Fact(f"{number(summary.accuracy.test)} %", summary.label, detail))
     return facts
 

@@ -24,6 +24,29 @@ def resnet_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Ten
     return model.fc(x.mean((2, 3))), maps
 
 
+def se_resnet_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the same of timm's SE-ResNet: the gate weighs the last map before the addition."""
+    maps = {}
+    x = maps["conv1"] = F.relu(model.bn1(model.conv1(images)))
+    x = model.maxpool(x)
+    for name, block in model.named_modules():
+        if not hasattr(block, "se"):
+            continue
+        parts = [part for part in ("1", "2", "3") if hasattr(block, f"conv{part}")]
+        out = x
+        for part in parts:
+            out = getattr(block, f"bn{part}")(getattr(block, f"conv{part}")(out))
+            if part != parts[-1]:
+                out = maps[f"{name}.conv{part}"] = F.relu(out)
+        squeezed = maps[f"{name}.se.fc1"] = F.relu(block.se.fc1(out.mean((2, 3), keepdim=True)))
+        gate = maps[f"{name}.se.fc2"] = torch.sigmoid(block.se.fc2(squeezed))
+        skip = x if block.downsample is None else block.downsample(x)
+        x = maps[f"{name}.conv{parts[-1]}"] = F.relu(out * gate + skip)
+        if block.downsample is not None:
+            maps[f"{name}.downsample.0"] = x
+    return model.fc(x.mean((2, 3))), maps
+
+
 def squeezenet_maps(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     maps = {}
     x = images

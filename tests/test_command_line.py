@@ -185,6 +185,11 @@ MISTAKES = {
     "missing configuration file": (["train", "--config=no.toml"], 2, r"no\.toml"),
     "several record-every": (["train", "--record-every=1,2"], 2, "--record-every is '1,2'"),
     "alpha without PGT": (["train", "--alpha=0.5"], 2, "--alpha has no effect .* baseline"),
+    "cool-down in steps": (
+        ["train", "--schedule=step", "--cooldown-epochs=1"],
+        2,
+        "--cooldown-epochs has no effect with --schedule step",
+    ),
     "momentum of 1": (["train", "--momentum=1"], 2, "momentum is 1.0; it must be less"),
     "a name that is too long": (["train", *TINY, "--run-dir=" + "x" * 300], 3, "cannot be used"),
     "name and directory": (["train", "--name=a", "--run-dir=b"], 2, "--run-dir and --name"),

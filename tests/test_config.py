@@ -27,6 +27,14 @@ from pgt_diag.errors import ConfigurationError
         ({"step_epochs": "30"}, "step_epochs is '30'; it must be a list of integers"),
         ({"device": "cpu", "amp": "bf16"}, "bf16 needs a GPU"),
         ({"momentum": 0.0}, "nesterov is on and momentum is 0"),
+        ({"cooldown_epochs": 5}, "cooldown_epochs is 5 and min_lr is 0: .*set min_lr"),
+        (
+            {"cooldown_epochs": 6, "epochs": 10, "min_lr": 1e-4},
+            "cooldown_epochs is 6, and 5 of the run's 10 epochs are warm-up",
+        ),
+        ({"lr_update": "batch"}, "lr_update is 'batch'; choose one of iteration, epoch"),
+        ({"lr_rule": "linear"}, "lr_rule is linear and lr_base_batch is not given"),
+        ({"lr_base_batch": 256}, "lr_base_batch has no effect with lr_rule constant"),
     ],
 )
 def test_a_mistake_is_named_with_its_value_and_the_remedy(
@@ -70,6 +78,13 @@ def test_a_preset_fits_the_model_and_the_length_it_is_given() -> None:
     assert compose(None, {}, {"epochs": 2})[0].warmup_epochs == 1.0
     with pytest.raises(ConfigurationError, match=r"warmup_epochs is 4\.0, more than"):
         compose(None, {}, {"epochs": 2, "warmup_epochs": 4.0})
+
+
+def test_the_linear_rule_counts_from_the_presets_batch_size_unless_told() -> None:
+    asked = {"lr_rule": "linear", "batch_size": 256}
+    assert compose(Preset.PAPER, {}, asked)[0].peak_lr == pytest.approx(0.1)
+    assert compose(Preset.PAPER, {}, {**asked, "lr_base_batch": 256})[0].peak_lr == 0.4
+    assert compose(Preset.PAPER, {"lr": 0.2}, asked)[0].peak_lr == pytest.approx(0.05)
 
 
 def test_the_data_set_chooses_the_preset_when_none_is_named() -> None:

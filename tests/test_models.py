@@ -1,11 +1,13 @@
-"""The networks: exactly torchvision's, with and without normalisation."""
+"""The networks: exactly torchvision's and timm's, with and without normalisation."""
+
+import sys
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from pgt_diag.config import Norm, Stem
+from pgt_diag.config import Norm, Stem, has_stem
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.models import build_model
 
@@ -126,3 +128,73 @@ def test_weights_depend_only_on_the_global_seed():
 
     assert same_network(build(1), build(1))
     assert not same_network(build(1), build(2))
+
+
+# timm's
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "seresnet50", "regnetx_002"])
+def test_with_batch_norm_equals_timm(name):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    ours = build_model(f"timm/{name}", num_classes=7, norm=Norm.BATCH)
+    torch.manual_seed(3)
+    assert same_network(ours, timm.create_model(name, num_classes=7))
+
+
+@pytest.mark.parametrize(
+    ("plain", "expansion", "blocks"), [("resnet18", 1, (2, 2, 2, 2)), ("resnet50", 4, (3, 4, 6, 3))]
+)
+def test_the_papers_se_resnets_are_resnets_with_a_gate_in_every_block(plain, expansion, blocks):
+    """Two 1×1 convolutions with biases, to a sixteenth of the channels (at least 8) and back."""
+    pytest.importorskip("timm")
+    model = build_model(f"timm/se{plain}", num_classes=1000, norm=Norm.BATCH)
+    reference = build_model(plain, num_classes=1000, norm=Norm.BATCH)
+    gates = 0
+    for width, count in zip((64, 128, 256, 512), blocks, strict=True):
+        channels = expansion * width
+        squeezed = max(8, channels // 16)
+        gates += count * (2 * channels * squeezed + squeezed + channels)
+    plain_parameters = sum(parameter.numel() for parameter in reference.parameters())
+    assert sum(each.numel() for each in model.parameters()) == plain_parameters + gates
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "efficientnet_b0", "densenet121"])
+def test_timms_models_lose_their_batch_norm_and_keep_their_activations(name):
+    """timm's BatchNormAct2d holds both."""
+    timm = pytest.importorskip("timm")
+    model = build_model(f"timm/{name}", num_classes=5)
+    assert not modules_of(model, nn.BatchNorm2d)
+    kinds = (nn.ReLU, nn.SiLU, nn.Sigmoid)
+    with_norm = timm.create_model(name, num_classes=5)
+    assert len(modules_of(model, kinds)) == len(modules_of(with_norm, kinds)) > 0
+    assert model(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_timms_plain_resnets_take_the_small_stem():
+    pytest.importorskip("timm")
+    model = build_model("timm/seresnet18", num_classes=5, norm=Norm.BATCH, stem=Stem.SMALL)
+    stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
+    assert stem(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    assert has_stem("timm/seresnet18") and has_stem("timm/resnext50_32x4d")
+    for name in ("timm/resnet50d", "timm/seresnetaa50d", "timm/resnetv2_50", "timm/vgg11"):
+        assert not has_stem(name)
+    with pytest.raises(ConfigurationError, match="only ResNets have that stem: use stem imagenet"):
+        build_model("timm/resnet18d", num_classes=5, stem=Stem.SMALL)
+
+
+@pytest.mark.parametrize(
+    "name", ["hf-hub:someone/resnet18", "local-dir:/tmp", "resnet18.a1_in1k", "seresnet", "../x"]
+)
+def test_what_timm_would_fetch_or_does_not_list_is_refused(name):
+    pytest.importorskip("timm")
+    with pytest.raises(ConfigurationError, match="unknown model 'timm/") as caught:
+        build_model(f"timm/{name}", num_classes=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_timm_its_models_are_one_line_that_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ConfigurationError, match=r"pip install 'pgt-diag\[timm\]'") as caught:
+        build_model("timm/seresnet50", num_classes=5)
+    assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,21 @@ from torch import Tensor, nn
 import pgt_diag
 from pgt_diag.activations import convolutions
 from pgt_diag.errors import ConfigurationError, RecorderError, RunDirectoryError
+from pgt_diag.models import build_model
 from pgt_diag.reductions import filter_norms
 from tests.loops import CLASSES, batches, norms64, small_net
-from tests.reference import mobilenet_maps, resnet_maps, shufflenet_maps, squeezenet_maps
+from tests.reference import (
+    mobilenet_maps,
+    resnet_maps,
+    se_resnet_maps,
+    shufflenet_maps,
+    squeezenet_maps,
+)
+
+
+def timms(name: str, **options: Any) -> nn.Module:
+    return pytest.importorskip("timm").create_model(name, num_classes=CLASSES, **options)
+
 
 NETWORKS: dict[
     str, tuple[Callable[..., nn.Module], Callable[..., tuple[Tensor, dict[str, Tensor]]]]
@@ -39,7 +52,14 @@ NETWORKS = {
         lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES, width_mult=0.25, dropout=0.0),
         mobilenet_maps,
     ),
+    "SE-ResNet-18": (lambda: timms("seresnet18"), se_resnet_maps),
+    "non-BN SE-ResNet-50": (
+        lambda: build_model("timm/seresnet50", num_classes=CLASSES),
+        se_resnet_maps,
+    ),
 }
+LAST_MAPS = {"SE-ResNet-18": "layer4.1.conv2", "non-BN SE-ResNet-50": "layer4.2.conv3"}
+"""Whose map goes to the classifier, where that is not the last convolution in module order."""
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -82,7 +102,12 @@ def test_records_what_a_plain_loop_measures(network: str, tmp_path: Path) -> Non
                 [(maps[n] == 0).flatten(2).all(2).all(0).numpy() for n in names]
             )
             expected["gap"].append(
-                maps[names[-1]].double().mean((2, 3)).norm(dim=0).detach().numpy()
+                maps[LAST_MAPS.get(network, names[-1])]
+                .double()
+                .mean((2, 3))
+                .norm(dim=0)
+                .detach()
+                .numpy()
             )
             twin_optimizer.step()
             expected["weight"].append(

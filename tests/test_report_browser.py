@@ -262,6 +262,44 @@ def test_deaths_can_be_filtered_sorted_and_downloaded(page, runs):
     page.fill("#deaths-search", "")
 
 
+def axis_types(page, section):
+    return page.eval_on_selector_all(
+        f"#{section} .chart[data-by-epoch]",
+        "charts => charts.map((each) => each._fullLayout.xaxis.type + each._fullLayout.yaxis.type)",
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_figure_2_is_drawn_on_log_axes_of_its_own(browser, tmp_path, scheme):
+    runs = [
+        DemoRun(
+            f"{method}-{model}",
+            RunConfig(method=method, model=model, norm="batch", epochs=9, warmup_epochs=1),
+            0.05, 200, 10,
+        )
+        for model in ("resnet18", "timm/seresnet18")
+        for method in ("baseline", "pgt")
+    ]  # fmt: skip
+    opened = Opened(browser, build_page(runs), tmp_path, color_scheme=scheme)
+    page = opened.page
+    page.locator("#fig2 .chart[data-drawn]").nth(1).wait_for(state="attached")
+    page.locator("#curves .chart[data-drawn]").nth(1).wait_for(state="attached")
+    captions = page.locator("#fig2 figcaption").all_text_contents()
+    assert captions == [
+        f"{name}, cosine, digits, batch 256" for name in ("resnet18", "seresnet18")
+    ]  # fmt: skip
+    assert page.locator("#fig2 .chart").first.locator(".scatterlayer .trace").count() == 4
+    assert axis_types(page, "fig2") == ["loglog"] * 2
+    assert set(axis_types(page, "curves")) == {"linearlinear"}
+    page.locator("#fig2 input[value=linear]").check()
+    page.locator("#curves input[value=log]").check()
+    assert axis_types(page, "fig2") == ["linearlinear"] * 2
+    assert set(axis_types(page, "curves")) == {"loglog"}
+    assert page.locator("#table1 tbody tr:not(.missing):not(.setting)").count() == 4
+    assert opened.complaints == [] and opened.outside() == []
+    page.close()
+
+
 def test_charts_are_drawn_without_an_upload_button(page):
     page.locator("#curves").scroll_into_view_if_needed()
     chart = page.locator("#curves .chart[data-drawn]")

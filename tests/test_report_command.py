@@ -11,6 +11,7 @@ import typer
 
 from commands.app import main
 from pgt_diag.errors import NoSpaceError
+from pgt_diag.run import load_run
 from reports.demo import DemoRun, demo_runs
 from reports.output import write_output
 from reports.page import build_page
@@ -64,6 +65,26 @@ def test_table_2_alone(name, folder, capsys):
         assert [row["method"] for row in json.loads(text) if row["runs"]] == ["baseline", "pgt"]
     else:
         assert "PGT & 0.25" in text if name == "latex" else ",pgt,0.25,,1," in text
+
+
+def test_another_table_is_asked_for_by_its_number(folder, capsys):
+    edit(folder / "runs" / "pgt", config={"method": "pgt", "norm": "batch"})
+    assert main(["report", "runs", "--table=1", "--format=csv"]) == 0
+    assert only_line(capsys.readouterr().out).startswith("table1.csv (")
+    assert "resnet18,cosine,0.0,pgt,0.25,,1," in (folder / "table1.csv").read_text()
+    assert main(["report", "runs/pgt", "--format=csv"]) == 0
+    assert only_line(capsys.readouterr().out).startswith("table1.csv ("), "ours may be replaced"
+    assert main(["report", "runs", "--table=1"]) == 2
+    assert "--table: a page has all tables" in capsys.readouterr().err
+
+
+def test_the_last_epoch_is_told_where_it_is_asked_for(folder, capsys):
+    table = {}
+    for options in ([], ["--last-epoch"]):
+        assert main(["report", "runs", "--format=json", "-o", "-", *options]) == 0
+        table[len(options)] = json.loads(capsys.readouterr().out)[0]["test_accuracy"]
+    metrics = load_run(folder / "runs" / "baseline").metrics["test_accuracy"]
+    assert table == {0: pytest.approx(metrics.max()), 1: pytest.approx(metrics.iloc[-1])}
 
 
 def test_files_that_are_not_ours_stay(folder, capsys):

@@ -19,7 +19,7 @@ from pgt_diag.config import RunConfig
 from pgt_diag.errors import ConfigurationError
 from reports import panels, stills
 from reports.demo import DemoRun, demo_runs
-from reports.exports import export_table2
+from reports.exports import export_table
 from reports.page import build_page
 
 TINY = (("conv1", 4), ("layer1.0.conv1", 6), ("layer1.0.conv2", 6))
@@ -197,17 +197,53 @@ def test_scripts_cannot_end_their_own_element():
 
 def test_table2_exports():
     runs = [tiny(), tiny("p", "pgt", seed=1)]
-    records = json.loads(export_table2(runs, "json"))
+    records = json.loads(export_table(runs, "json"))
     assert records[0]["method"] == "baseline" and records[0]["runs"] == 1
     assert records[-1]["note"] == "not run" and records[-1]["train_accuracy"] is None
-    csv = export_table2(runs, "csv").splitlines()
+    csv = export_table(runs, "csv").splitlines()
     assert csv[0].startswith("setting,batch_size,method,alpha,variant,runs") and len(csv) == 11
-    latex = export_table2(runs, "latex")
+    latex = export_table(runs, "latex")
     assert latex.count(r"\\") >= 3 and r"\textcolor{blue}{\textbf{" in latex
     hostile = DemoRun("50%_&$#{}~^\\", None, iteration_count=12, shape=TINY)
     assert r"50\%\_\&\$\#\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}" in (
-        export_table2([hostile], "latex")
+        export_table([hostile], "latex")
     )
+
+
+def normalised(method, **values):
+    return DemoRun(
+        f"{method}-{values}", config(method, norm="batch", **values), 0.1, 60, 6, shape=TINY
+    )
+
+
+def test_networks_with_batch_norm_have_figure_2_and_tables_1_and_3():
+    runs = [normalised("baseline"), normalised("pgt"), normalised("pgt", label_smoothing=0.1)]
+    page = html.unescape(build_page(runs))
+    anchors = re.findall('<section id="([^"]+)">', page)
+    assert [each for each in anchors if each.startswith(("table", "fig2"))] == [
+        "fig2", "table1", "table3"
+    ]  # fmt: skip
+    assert re.findall('<a href="#((?:table|fig2)[^"]*)">', page) == ["fig2", "table1", "table3"]
+    assert "resnet18, cosine, digits, batch 256</figcaption>" in page
+    section = page[page.index('id="table3"') : page.index('id="curves"')]
+    assert '<th scope="col" class="n">smoothing</th>' in section and ">gap</th>" in section
+    assert 'id="table2"' not in page and "Table 1 has one epoch of each run" in page
+    plain = build_page([tiny()])
+    assert 'id="table2"' in plain and 'id="table1"' not in plain and 'id="fig2"' not in plain
+
+
+def test_tables_1_and_3_export():
+    runs = [normalised("baseline"), normalised("pgt", label_smoothing=0.1, alpha=0.5)]
+    # Where no run is without batch normalisation, Table 1 is meant.
+    csv = export_table(runs, "csv").splitlines()
+    assert csv[0].startswith("setting,model,schedule,label_smoothing,method,alpha,variant,runs")
+    assert len(csv) == 1 + 2 + 13  # ResNet-18 in cosine, not smoothed, is a row of the paper
+    assert len(json.loads(export_table(runs, "json", 3))) == 2 + 8
+    latex = export_table(runs, "latex", 3)
+    assert latex.startswith("% Table 3, made by pgt-diag") and r"Gap (\%)" in latex
+    assert "cosine & 0.1 & PGT & 0.5 &" in latex
+    columns = len(re.search(r"begin{tabular}{(\w+)}", latex)[1])
+    assert all(line.count("&") == columns - 1 for line in latex.splitlines() if "&" in line)
 
 
 def test_a_recorded_run_makes_a_page(tmp_path):

@@ -68,7 +68,7 @@ def test_colours_only_where_they_are_wanted(recorded, monkeypatch, capsys):
 def test_json_has_the_documented_keys_and_plain_numbers(recorded, capsys):
     assert main(["show", str(recorded), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
-    assert set(answer) == {"schema_version", "runs", "verdict", "table2"}
+    assert set(answer) == {"schema_version", "runs", "verdict", "table1", "table2", "table3"}
     (run,) = answer["runs"]
     for key in (*run, *run["layers"][0], *answer["verdict"], *answer["verdict"]["claims"][0]):
         assert re.search(rf"\b{key}\b", digest_module.__doc__), key

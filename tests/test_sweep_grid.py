@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 from commands.app import main
-from pgt_diag.config import PRESETS, Preset, RunConfig
+from pgt_diag.config import PRESETS, LrRule, Preset, RunConfig
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.paper import TABLE_2
+from pgt_diag.paper import TABLE_1, TABLE_2, TABLE_3
 from pgt_diag.sweep.grid import (
-    LrRule,
     Row,
     SweepPreset,
     build_grid,
@@ -67,11 +66,56 @@ def test_table2_is_the_papers_recipe_at_one_learning_rate() -> None:
     assert grid.rule == "constant (batch 256: lr 0.4; batch 512: lr 0.4; batch 1024: lr 0.4)"
 
 
+def papers_rows(rows, *keys: str) -> list[tuple[Any, ...]]:
+    """Return the grid's rows of the first seed as the paper's tables have them, α NaN for none."""
+    values = [row.config.to_mapping() for row in rows if row.config.seed == 0]
+    for each in values:
+        each["alpha"] = each["alpha"] if each["method"] == "pgt" else None
+    return [tuple(each[key] for key in keys) for each in values]
+
+
+def without_nan(rows) -> list[tuple[Any, ...]]:
+    return [tuple(None if value != value else value for value in row) for row in rows]
+
+
+def test_table1_has_the_papers_networks_with_batch_norm_schedules_and_methods() -> None:
+    rows = build_grid(SweepPreset.TABLE1).rows
+    assert len(rows) == 14 * 3 == len({row.name for row in rows})
+    found = papers_rows(rows, "model", "schedule", "method", "alpha")
+    assert found == without_nan(row[:4] for row in TABLE_1)
+    assert {(row.config.norm, row.config.batch_size, row.config.lr) for row in rows} == {
+        ("batch", 1024, 0.4)
+    }
+    step = next(row.config for row in rows if row.config.schedule == "step")
+    assert (step.step_epochs, step.epochs, step.warmup_epochs) == ((30, 60, 90), 100, 5)
+    assert any(row.name.startswith("seresnet50-pgt-a0.3-b1024-s0-") for row in rows)
+
+
+def test_table3_crosses_schedule_smoothing_and_alpha_on_resnet50() -> None:
+    rows = build_grid(SweepPreset.TABLE3).rows
+    assert len(rows) == 8 * 3
+    found = papers_rows(rows, "schedule", "label_smoothing", "method", "alpha")
+    assert found == without_nan(row[:4] for row in TABLE_3)
+    assert {(row.config.model, row.config.norm) for row in rows} == {("resnet50", "batch")}
+    # The plain ones are Table 1's own runs, in a shared folder made once.
+    shared = {row.name for row in rows} & {row.name for row in build_grid(SweepPreset.TABLE1).rows}
+    assert len(shared) == 3 * 3
+
+
+def test_fig2_has_both_networks_and_the_short_run() -> None:
+    rows = build_grid(SweepPreset.FIG2, options={"seed": [0]}).rows
+    assert papers_rows(rows, "model", "method", "alpha", "epochs") == [
+        ("resnet18", "baseline", None, 100), ("resnet18", "pgt", 0.25, 100),
+        ("resnet50", "baseline", None, 100), ("resnet50", "pgt", 0.3, 100),
+        ("resnet50", "pgt", 0.3, 60),
+    ]  # fmt: skip
+
+
 def test_the_linear_rule_scales_from_the_recipes_batch_size_or_the_one_given() -> None:
     def rates(**options: Any) -> dict[int, float]:
         grid = build_grid(SweepPreset.TABLE2, options={"lr_rule": "linear", **options})
-        assert grid.lr_rule is LrRule.LINEAR
-        return {row.config.batch_size: row.config.lr for row in grid.rows}
+        assert grid.lr_rule == LrRule.LINEAR
+        return {row.config.batch_size: row.config.peak_lr for row in grid.rows}
 
     assert rates() == {256: 0.1, 512: 0.2, 1024: 0.4}
     assert rates(lr_base_batch=256) == {256: 0.4, 512: 0.8, 1024: 1.6}
@@ -171,7 +215,7 @@ def test_a_grid_that_cannot_be_used_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a sweep: --preset table2 or table2-smoke, or a grid with --config FILE"),
+        ([], "name a sweep: --preset table1, table2, table2-smoke, table3, fig2, or a grid with"),
         (["--config=none.toml"], "none.toml: cannot be read as TOML"),
         (["--preset=table2", "--set", "lr"], "--set is 'lr'; write KEY=VALUE"),
         (["--preset=table2", "--ray-address=a"], "--ray-address has no effect with --engine local"),
@@ -215,6 +259,9 @@ def test_a_name_stands_for_what_decides_the_result_and_for_nothing_else() -> Non
         {"method": "gc", "clip_norm": 1.5, "nesterov": False, "threads": 1},
         {"step_epochs": [1], "schedule": "step", "warmup_epochs": 2.0, "lr": 1e-07},
         {"epochs": 1, "checkpoint_every": 7, "device": "cpu", "record_every": 3},
+        {"lr_rule": "linear", "lr_base_batch": 32, "lr_update": "epoch"},
+        {"warmup_prefix": False, "cooldown_epochs": 1, "min_lr": 1e-4, "warmup_epochs": 0},
+        {"schedule": "step", "cooldown_epochs": 1, "model": "resnet18", "norm": "batch"},
     ],
 )
 def test_the_command_of_a_row_trains_that_row(

@@ -1,4 +1,4 @@
-"""Table 2 is computed from runs as the paper computes it, and the paper's own values are exact."""
+"""The paper's tables, computed from runs as the paper computes them; its own values are exact."""
 
 import math
 
@@ -6,8 +6,13 @@ import pandas as pd
 import pytest
 
 from pgt_diag.config import RunConfig
+from reports import sections
+from reports.claims import judge
 from reports.demo import DemoRun
-from reports.tables import PAPER_TABLE_2, interval95, table2
+from reports.figures import figure2, figure2_curves, figure2_panels
+from reports.layouts import LAYOUTS
+from reports.summary import Epoch, summarise
+from reports.tables import PAPER_TABLE_2, fitting_layouts, interval95, table1, table2, table3
 
 SMALL = (("conv1", 8), ("layer1.0.conv1", 8))
 
@@ -150,3 +155,172 @@ def test_interval_needs_two_values():
     assert math.isnan(interval95([1.0]))
     assert interval95([1.0, 1.0, 1.0]) == 0
     assert interval95(range(40)) == pytest.approx(1.96 * 11.69 / math.sqrt(40), rel=1e-3)
+
+
+# Tables 1 and 3: networks with batch normalisation
+
+
+def normalised(method, test, model="resnet50", **values):
+    return run(method, test, model=model, norm="batch", batch=1024, **values)
+
+
+def test_the_papers_tables_1_and_3_as_printed():
+    table = LAYOUTS[1].paper.set_index(["model", "schedule", "method"])
+    assert len(table) == 14
+    # Its printed differences, from its printed accuracies.
+    printed = {
+        ("timm/seresnet50", "cosine"): (0.97, 0.734),
+        ("resnet50", "cosine"): (0.5, 0.656),
+        ("resnet50", "step"): (0.57, 0.524),
+        ("resnet101", "cosine"): (0.81, 0.362),
+        ("timm/seresnet18", "cosine"): (0.18, 0.346),
+        ("resnet18", "step"): (0.35, 0.14),
+        ("resnet18", "cosine"): (0.15, 0.09),
+    }
+    for network, differences in printed.items():
+        pgt = table.loc[(*network, "pgt")]
+        assert (pgt["train_difference"], pgt["test_difference"]) == pytest.approx(differences)
+    gaps = [3.02, 3.066, 2.62, 2.112, 2.544, 1.502, 2.464, 1.3]
+    assert LAYOUTS[3].paper["gap"].tolist() == pytest.approx(gaps)
+
+
+def test_table_1_pairs_within_network_and_schedule_and_sets_the_papers_beside():
+    runs = [normalised("baseline", 70.0 + seed, seed=seed) for seed in (0, 1)]
+    runs += [normalised("pgt", 71.0 + seed, seed=seed, alpha=0.05) for seed in (0, 1)]
+    runs += [normalised("baseline", 60, schedule="step"), normalised("pgt", 63, schedule="step")]
+    runs.append(normalised("pgt", 90, model="resnet18"))
+    table = table1(runs)
+    ours = table[table["runs"] > 0].set_index(["model", "schedule", "method"])
+    cosine = ours.loc[("resnet50", "cosine", "pgt")]
+    assert (cosine["runs"], cosine["pairs"], cosine["test_difference"]) == (2, 2, 1)
+    assert cosine["paper_test_accuracy"] == 77.216
+    step = ours.loc[("resnet50", "step", "pgt")]
+    assert (step["test_difference"], step["note"]) == (3, "")
+    # The paper has no ResNet-50 in steps at 0.25, and this ResNet-18 no baseline.
+    assert math.isnan(step["paper_test_accuracy"])
+    assert math.isnan(ours.loc[("resnet18", "cosine", "pgt"), "test_difference"])
+    assert list(ours.index)[:2] == [
+        ("resnet50", "cosine", "baseline"),
+        ("resnet50", "cosine", "pgt"),
+    ]
+    missing = table[table["runs"] == 0]
+    # Of the 14 rows, the two baselines of ResNet-50, PGT at 0.05 and ResNet-18's PGT are there.
+    assert len(missing) == 14 - 4 and missing.index.min() == len(ours)
+
+
+def test_table_3_crosses_schedule_and_smoothing_and_has_the_gap():
+    runs = [
+        normalised("baseline", 60, train=75),
+        normalised("baseline", 62, train=74, label_smoothing=0.1),
+        normalised("pgt", 63, train=73, label_smoothing=0.1, alpha=0.3),
+        normalised("agc", 99),
+        normalised("baseline", 50, model="resnet18"),
+    ]
+    table = table3(runs)
+    ours = table[table["runs"] > 0]
+    assert ours["method"].tolist() == ["baseline", "baseline", "pgt"]
+    assert ours["gap"].tolist() == [15, 12, 10]
+    assert ours["paper_gap"].tolist() == pytest.approx([2.62, 2.112, 1.502])
+    assert ours["test_difference"].tolist()[2] == 1
+    assert (table["runs"] == 0).sum() == 5
+    # Table 1 tells smoothed labels as another setting, without the paper's values.
+    smoothed = table1(runs).query("label_smoothing > 0")
+    assert smoothed["setting"].str.contains("label smoothing 0.1").all()
+    assert smoothed["paper_test_accuracy"].isna().all()
+
+
+def test_runs_are_in_the_tables_that_are_about_their_networks():
+    plain, with_norm = run("pgt", 60), normalised("pgt", 60, model="resnet18")
+    smoothed = normalised("pgt", 60, model="resnet18", label_smoothing=0.1)
+    numbers = [
+        [layout.number for layout in fitting_layouts(runs)]
+        for runs in ([], [plain], [with_norm], [plain, with_norm], [with_norm, smoothed])
+    ]
+    assert numbers == [[2], [2], [1], [1, 2], [1, 3]]
+    assert (table2([with_norm])["runs"] == 0).all() and (table1([plain])["runs"] == 0).all()
+
+
+def test_the_last_epoch_can_be_told_instead_of_the_best():
+    runs = [run("baseline", 60.0, train=70.0)]
+    last = row(table2(runs, Epoch.LAST), "baseline")
+    assert (last["train_accuracy"], last["test_accuracy"]) == (75, 59)
+
+
+@pytest.mark.parametrize(
+    ("configs", "told"),
+    [
+        ([{"batch": 256}], "lr 0.1 (constant)"),
+        ([{"batch": 256}, {"batch": 512}], "lr 0.1 at every batch size (constant)"),
+        (
+            [{"batch": 256, "lr": 0.1}, {"batch": 512, "lr": 0.2}],
+            "lr 0.1 at 256, 0.2 at 512 (linear in the batch size)",
+        ),
+        (
+            [{"batch": 256, "lr": 0.1}, {"batch": 512, "lr": 0.3}],
+            "lr 0.1 at 256, 0.3 at 512 (chosen for each)",
+        ),
+        (
+            [{"batch": size, "lr": 0.4, "lr_rule": "linear", "lr_base_batch": 1024}
+             for size in (256, 512)],
+            "lr 0.1 at 256, 0.2 at 512 (linear in the batch size, from 0.4 at 1024)",
+        ),
+    ],
+)  # fmt: skip
+def test_the_setting_says_what_made_the_learning_rates(configs, told):
+    runs = [run("baseline", 60, **values) for values in configs]
+    settings = set(table2(runs).query("runs > 0")["setting"])
+    assert {setting.partition(", lr")[0] for setting in settings} == {
+        "resnet18, digits, 2 epochs, stem imagenet"
+    }
+    assert all(setting.endswith(f", {told}") for setting in settings)
+
+
+def test_the_same_rate_by_either_rule_is_the_same_recipe():
+    scaled = {"lr": 0.4, "lr_rule": "linear", "lr_base_batch": 1024}
+    pgt = row(table2([run("baseline", 60, lr=0.1), run("pgt", 61, **scaled)]), "pgt")
+    assert pgt["test_difference"] == pytest.approx(1)
+    assert pgt["note"] == ""
+
+
+# Figure 2
+
+
+def test_figure_2_has_means_by_epoch_of_pgt_and_its_baseline():
+    runs = [normalised("baseline", 60.0 + 2 * seed, seed=seed) for seed in (0, 1)]
+    runs += [normalised("pgt", 66.0, alpha=0.3), normalised("pgt", 64.0, alpha=0.3, epochs=1)]
+    runs += [run("pgt", 99), run("baseline", 99)]  # not of Fig. 2: no batch normalisation
+    runs += [normalised("pgt", 50, model="resnet18")]  # no baseline
+    ((title, panel),) = figure2_panels(summarise(runs))
+    assert title == "resnet50, cosine, digits, batch 1024" and len(panel) == 4
+    curves = figure2_curves(panel)
+    assert list(curves) == [
+        "Baseline, 2 epochs", "PGT (α 0.3), 2 epochs", "PGT (α 0.3), 1 epoch"
+    ]  # fmt: skip
+    assert curves["Baseline, 2 epochs"]["test_accuracy"].tolist() == [52, 61, 60]
+    assert [trace.line.dash for trace in figure2(curves).data] == ["dot", "solid"] * 3
+    assert figure2(curves).layout.xaxis.type == figure2(curves).layout.yaxis.type == "log"
+
+
+def test_figure_2_says_when_pgt_has_what_the_baseline_has_at_its_best():
+    islands = {}
+    runs = [normalised("baseline", 61), normalised("pgt", 66)]
+    (panel,) = sections.figure2(summarise(runs), islands)
+    # By epoch 61 − 9, 61, 60 against 66 − 9, 66, 65; their epochs are numbered from 1.
+    assert panel["sentences"] == [
+        "PGT (α 0.25): at epoch 3 it has the 61.00 % that Baseline has at its best, epoch 3."
+    ]
+    assert panel["id"] in islands
+    assert sections.figure2(summarise(runs[:1]), islands) is None
+
+
+def test_claims_are_judged_by_the_networks_that_they_are_about():
+    def judged(runs):
+        return {claim.statement[:30]: claim.judgement for claim in judge(summarise(runs))}
+
+    plain = [run("baseline", 60), run("pgt", 61)]
+    with_norm = [normalised("baseline", 60), normalised("pgt", 59)]
+    assert judged(plain)["PGT improves test accuracy (Tab"[:30]] == "leans towards"
+    assert judged(with_norm) == {"PGT improves test accuracy wit": "leans against"}
+    both = judged(plain + with_norm)
+    assert both["PGT improves test accuracy (Ta"] == "leans towards"
+    assert both["PGT improves test accuracy wit"] == "leans against"

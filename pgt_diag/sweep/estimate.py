@@ -1,4 +1,4 @@
-"""What is left of a sweep: time, from finished rows or a few real iterations, and disk."""
+"""What is left of a sweep: time, from finished rows or a few real iterations, work and disk."""
 
 import contextlib
 import dataclasses
@@ -11,17 +11,23 @@ from pathlib import Path
 
 from pgt_diag import training
 from pgt_diag.config import RunConfig
+from pgt_diag.cost import Cost, run_cost
 from pgt_diag.progress import Listener, Plan, Progress
 from pgt_diag.sweep.status import RowStatus, State
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one row still takes: seconds, bytes at most, and where the seconds are known from."""
+    """What one row still takes: seconds, bytes at most, and where the seconds are known from.
+
+    flops is what is left to compute, memory_bytes what a step needs at least, in float32.
+    """
 
     seconds: float
     disk_bytes: int
     source: str
+    flops: float = 0.0
+    memory_bytes: int = 0
 
 
 def estimate(statuses: Sequence[RowStatus], folder: Path) -> list[Estimate]:
@@ -34,7 +40,7 @@ def estimate(statuses: Sequence[RowStatus], folder: Path) -> list[Estimate]:
         for status in statuses
         if status.seconds is not None
     ]
-    measured: dict[RunConfig, tuple[float, int]] = {}
+    measured: dict[RunConfig, tuple[float, int, Cost]] = {}
     result = []
     for status in statuses:
         config = status.row.config
@@ -47,14 +53,22 @@ def estimate(statuses: Sequence[RowStatus], folder: Path) -> list[Estimate]:
         if shape not in measured:
             plan = training.plan(shape, folder / ".plan")
             seconds = 0.0 if like else _measure(shape, plan)
-            measured[shape] = seconds, plan.disk_bytes
-        seconds, disk_bytes = measured[shape]
+            measured[shape] = seconds, plan.disk_bytes, _cost(shape, plan)
+        seconds, disk_bytes, cost = measured[shape]
         if like:
             seconds = statistics.fmean(like)
         else:
             source = "a few iterations measured here"
         share = 1 - status.done / status.planned if status.planned else 1
-        result.append(Estimate(seconds * share, round(disk_bytes * share), source))
+        result.append(
+            Estimate(
+                seconds * share,
+                round(disk_bytes * share),
+                source,
+                flops=cost.flops * share,
+                memory_bytes=cost.memory_bytes,
+            )
+        )
     return result
 
 
@@ -91,18 +105,29 @@ class _Stopwatch(Listener):
 def _shape(config: RunConfig) -> RunConfig:
     """Return the configuration without what time and disk hardly depend on."""
     same = ("method", "alpha", "clip_norm", "agc_clip_factor", "agc_eps", "agc_classifier",
-            "lr", "weight_decay", "momentum", "nesterov", "decay_biases", "label_smoothing",
-            "schedule", "step_epochs", "warmup_epochs", "warmup_lr", "min_lr", "seed")  # fmt: skip
+            "lr", "lr_rule", "lr_base_batch", "lr_update", "weight_decay", "momentum",
+            "nesterov", "decay_biases", "label_smoothing", "schedule", "step_epochs",
+            "warmup_epochs", "warmup_lr", "warmup_prefix", "cooldown_epochs", "min_lr",
+            "seed")  # fmt: skip
     values = {key: getattr(RunConfig, key) for key in same}
     return dataclasses.replace(config, **(values | {"warmup_epochs": 0.0}))
+
+
+def _cost(config: RunConfig, plan: Plan) -> Cost:
+    return run_cost(
+        config,
+        train_images=plan.train_images,
+        test_images=plan.test_images,
+        image_size=plan.image_size,
+        classes=plan.classes,
+    )
 
 
 def _measure(config: RunConfig, plan: Plan) -> float:
     """Return about how long a run takes, from a few of its iterations made in a scratch folder."""
     batch = config.batch_size
     if plan.device == "cpu":
-        side = config.image_size or _IMAGENET_SIDE
-        batch = max(config.accumulate, min(batch, _MAX_PIXELS // side**2))
+        batch = max(config.accumulate, min(batch, _MAX_PIXELS // plan.image_size**2))
     stopwatch = _Stopwatch()
     with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(_EnoughError):
         # A rate at which nothing diverges; snapshots are few in a real run.
@@ -112,6 +137,3 @@ def _measure(config: RunConfig, plan: Plan) -> float:
         training.train(trial, Path(scratch) / "trial", listener=stopwatch)
     images = plan.train_images + _TEST_SHARE * plan.test_images
     return stopwatch.seconds / batch * images * config.epochs
-
-
-_IMAGENET_SIDE = 224

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -17,34 +17,30 @@ from pathlib import Path
 from typing import Any
 
 from pgt_diag.config import (
-    PRESETS,
     RESUMABLE_WITH,
+    Norm,
     Preset,
     RunConfig,
+    Schedule,
     check_keys,
     coerce,
     compose,
 )
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.paper import TABLE_2
+from pgt_diag.paper import FIGURE_2, TABLE_1, TABLE_2, TABLE_3, TABLE_3_MODEL
 
 
 class SweepPreset(StrEnum):
-    """Named sweeps: the paper's Table 2 with its recipe, and its methods on embedded digits."""
+    """Named sweeps: the paper's tables and Fig. 2 with its recipe, and Table 2's methods on digits.
 
-    TABLE2 = "table2"
-    TABLE2_SMOKE = "table2-smoke"
-
-
-class LrRule(StrEnum):
-    """The learning rate across batch sizes.
-
-    Constant, as the paper's "common set of hyperparameters" says; or linear: lr is that of the
-    base batch size, and others get it in proportion.
+    Rows that two of them share are one run where they share a --sweep-dir.
     """
 
-    CONSTANT = "constant"
-    LINEAR = "linear"
+    TABLE1 = "table1"
+    TABLE2 = "table2"
+    TABLE2_SMOKE = "table2-smoke"
+    TABLE3 = "table3"
+    FIG2 = "fig2"
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,8 @@ class Row:
         alpha = f"-a{config.alpha:g}" if config.method.uses_pgt else ""
         text = json.dumps(deciding(config), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        return f"{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
+        batch_norm = f"{config.model.rpartition('/')[2]}-" if config.norm is Norm.BATCH else ""
+        return f"{batch_norm}{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
 
     def command(self, directory: Path) -> list[str]:
         """Return the `pgt-diag train` command that makes this run, or goes on with it."""
@@ -77,24 +74,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A sweep's rows, each once, and the rule their learning rates follow."""
+    """A sweep's rows, each once."""
 
     rows: tuple[Row, ...]
-    lr_rule: LrRule
-    lr_base_batch: int | None
-    """The batch size that `lr` is meant for, where the rule is linear."""
+
+    @property
+    def lr_rule(self) -> str:
+        """The rule that the learning rates follow across batch sizes; several where rows differ."""
+        return " and ".join(sorted({row.config.lr_rule for row in self.rows}))
 
     @property
     def rule(self) -> str:
         """The learning-rate rule, in words, with the rates it gives."""
         rates: dict[int, set[float]] = {}
         for row in self.rows:
-            rates.setdefault(row.config.batch_size, set()).add(row.config.lr)
+            rates.setdefault(row.config.batch_size, set()).add(row.config.peak_lr)
         shown = "; ".join(
             f"batch {size}: lr {', '.join(f'{lr:g}' for lr in sorted(rates[size]))}"
             for size in sorted(rates)
         )
-        base = f" in the batch size, from {self.lr_base_batch}" if self.lr_base_batch else ""
+        bases = sorted({size for row in self.rows if (size := row.config.lr_base_batch)})
+        base = f" in the batch size, from {', '.join(map(str, bases))}" if bases else ""
         return f"{self.lr_rule}{base} ({shown})"
 
 
@@ -115,7 +115,7 @@ def build_grid(
 
     A list is an axis; the axes are crossed. Each table `row` is a grid of its own, over all that
     is given outside it; options replace also what a row says. Keys are RunConfig's, and `preset`
-    (the recipe that `pgt-diag train` has under that name), `lr_rule`, `lr_base_batch`.
+    (the recipe that `pgt-diag train` has under that name).
 
     Raises ConfigurationError, naming `source`, the row and the key, for what cannot be used.
     """
@@ -124,7 +124,6 @@ def build_grid(
     try:
         check_keys(values, also=_KEYS)
         recipe = _recipe(values.pop("preset", None))
-        rule, base = _lr_rule(values.pop("lr_rule", "constant"), values.pop("lr_base_batch", None))
         rows = _rows(values.pop("row", [{}]))
     except ConfigurationError as error:
         raise _located(error, source) from None
@@ -135,16 +134,13 @@ def build_grid(
             row_values = {key: value for key, value in row.items() if key not in options}
             for point in _points({**values, **row_values}):
                 config, used = compose(recipe, {}, point)
-                if rule is LrRule.LINEAR:
-                    base = base or int(PRESETS[used]["batch_size"])
-                    config = dataclasses.replace(config, lr=config.lr * config.batch_size / base)
                 made = Row(_without_effectless(config), used)
                 # Crossed axes name a run twice where a method does not use what varies.
                 found.setdefault(made.name, made)
         except ConfigurationError as error:
             place = f"row {number}" if "row" in (file or {}) else ""
             raise _located(error, source, place) from None
-    return Grid(tuple(found.values()), rule, base)
+    return Grid(tuple(found.values()))
 
 
 def read_grid(path: Path) -> dict[str, Any]:
@@ -176,7 +172,7 @@ def parse_value(text: str) -> tuple[str, Any]:
     return key.replace("-", "_"), parsed
 
 
-_KEYS = ("preset", "row", "lr_rule", "lr_base_batch")
+_KEYS = ("preset", "row")
 _SMOKE_SCALE = 8
 """Digits are few: batches of 32, 64 and 128 stand for the paper's 256, 512 and 1024."""
 
@@ -189,7 +185,24 @@ def _table2(scale: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _batch_normalised(keys: tuple[str, ...], rows: Iterable[Sequence[Any]]) -> dict[str, Any]:
+    """Return a sweep of the paper's recipe, at its batch size, over networks with batch norm."""
+    found = []
+    for row in rows:
+        values = dict(zip(keys, row, strict=False))
+        if math.isnan(values["alpha"]):
+            del values["alpha"]
+        found.append(values)
+    return {"preset": "paper", "norm": "batch", "seed": [0, 1, 2], "row": found}
+
+
 _PRESETS: dict[SweepPreset, dict[str, Any]] = {
+    SweepPreset.TABLE1: _batch_normalised(("model", "schedule", "method", "alpha"), TABLE_1),
+    SweepPreset.TABLE3: _batch_normalised(
+        ("schedule", "label_smoothing", "method", "alpha"), TABLE_3
+    )
+    | {"model": TABLE_3_MODEL},
+    SweepPreset.FIG2: _batch_normalised(("model", "method", "alpha", "epochs"), FIGURE_2),
     SweepPreset.TABLE2: {"preset": "paper", "seed": [0, 1, 2, 3, 4], "row": _table2(1)},
     SweepPreset.TABLE2_SMOKE: {"preset": "smoke", "seed": [0, 1, 2], "row": _table2(_SMOKE_SCALE)},
 }
@@ -210,10 +223,11 @@ def _points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _without_effectless(config: RunConfig) -> RunConfig:
-    """Put the options that the method does not use at their defaults."""
+    """Put the options that the method or the schedule does not use at their defaults."""
     unused = [] if config.method.uses_pgt else ["alpha"]
     unused += [] if config.method.uses_gc else ["clip_norm"]
     unused += [] if config.method.uses_agc else ["agc_clip_factor", "agc_eps", "agc_classifier"]
+    unused += [] if config.schedule is Schedule.COSINE else ["warmup_prefix", "cooldown_epochs"]
     return dataclasses.replace(config, **{key: getattr(RunConfig, key) for key in unused})
 
 
@@ -227,16 +241,6 @@ def _rows(rows: Any) -> list[dict[str, Any]]:
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise ConfigurationError(f"row is {rows!r}; write tables, each under [[row]]")
     return rows
-
-
-def _lr_rule(rule: Any, base: Any) -> tuple[LrRule, int | None]:
-    if rule not in list(LrRule):
-        raise ConfigurationError(f"lr_rule is {rule!r}; choose one of {', '.join(LrRule)}")
-    if base is not None and (type(base) is not int or base < 1):
-        raise ConfigurationError(f"lr_base_batch is {base!r}; it must be a whole number above 0")
-    if base is not None and rule != LrRule.LINEAR:
-        raise ConfigurationError("lr_base_batch has no effect with lr_rule constant")
-    return LrRule(rule), base
 
 
 def _option(key: str, value: Any) -> list[str]:

@@ -12,14 +12,13 @@ async function drawChart(place) {
 
 function startCharts() {
   for (const place of document.querySelectorAll("[data-chart]")) whenNear(place, drawChart);
-  for (const input of document.querySelectorAll("input[name=axes]")) {
+  for (const input of document.querySelectorAll("input[data-axes]")) {
+    const section = input.closest("section");
     input.addEventListener("change", () => {
+      const type = input.value;
+      const axes = { "xaxis.type": type, "yaxis.type": type, "xaxis.autorange": true, "yaxis.autorange": true };
       for (const { place, Plotly } of charts) {
-        if (!place.matches("[data-by-epoch]")) continue;
-        const type = input.value;
-        Plotly.relayout(place, {
-          "xaxis.type": type, "yaxis.type": type, "xaxis.autorange": true, "yaxis.autorange": true,
-        });
+        if (place.matches("[data-by-epoch]") && section.contains(place)) Plotly.relayout(place, axes);
       }
     });
   }
