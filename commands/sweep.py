@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pgt_diag.config import Device, LrRule
+from pgt_diag.config import BatchPer, Device, LrRule
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.sweep.grid import (
     Grid,
@@ -114,6 +114,17 @@ def sweep(
         help="Iterations between checkpoints; by default 5 minutes.",
         rich_help_panel=RUNS,
     ),
+    nproc: int = typer.Option(
+        1,
+        min=1,
+        help="Processes that train each run together; on GPUs, one for each.",
+        rich_help_panel=RUNS,
+    ),
+    batch_per: BatchPer = typer.Option(
+        BatchPer.GLOBAL,
+        help="Whether batch sizes are those of all processes together, or of each.",
+        rich_help_panel=GRID,
+    ),
     engine: Engine = typer.Option(
         Engine.LOCAL,
         help="local: here, one after the other; ray: as many at once as fit; slurm: write a job "
@@ -165,6 +176,8 @@ def sweep(
     grid = build_grid(
         preset, read_grid(config) if config else None, options, source=str(config or "")
     )
+    if batch_per is BatchPer.PROCESS:
+        grid = grid.per_process(nproc)
     folder = sweep_dir or Path("sweeps") / (config.stem if config else str(preset))
 
     from commands.sweep_console import SweepConsole, print_plan, print_result
@@ -174,7 +187,7 @@ def sweep(
         return
     if engine is Engine.SLURM:
         _write_job_array(
-            grid, folder, cpus_per_run, gpus_per_run,
+            grid, folder, nproc, cpus_per_run, gpus_per_run,
             retry_failed=retry_failed, json_output=json_output,
         )  # fmt: skip
         return
@@ -193,6 +206,7 @@ def sweep(
                 results = make_rows_on_ray(
                     grid.rows,
                     folder,
+                    processes=nproc,
                     address=ray_address,
                     cpus_per_run=cpus_per_run,
                     gpus_per_run=gpus_per_run,
@@ -204,7 +218,12 @@ def sweep(
                 from pgt_diag.sweep.making import make_rows
 
                 results = make_rows(
-                    grid.rows, folder, retry_failed=retry_failed, listener=console, stop=stop
+                    grid.rows,
+                    folder,
+                    processes=nproc,
+                    retry_failed=retry_failed,
+                    listener=console,
+                    stop=stop,
                 )
     except KeyboardInterrupt:
         say(f"stopped; the same command goes on: {again}", stderr=True)
@@ -229,6 +248,7 @@ def _check_engine(
 def _write_job_array(
     grid: Grid,
     folder: Path,
+    processes: int,
     cpus: float | None,
     gpus: float | None,
     *,
@@ -248,7 +268,9 @@ def _write_job_array(
             starting_point(folder / status.row.name, retry_failed=True)
     script = None
     if rows:
-        script = write_job_array(rows, folder, cpus_per_run=cpus, gpus_per_run=gpus)
+        script = write_job_array(
+            rows, folder, processes=processes, cpus_per_run=cpus, gpus_per_run=gpus
+        )
     if json_output:
         values: dict[str, Any] = {"sweep_dir": str(folder), "rows": len(rows)}
         print(json.dumps(values | {"script": str(script) if script else None}))

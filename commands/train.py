@@ -18,6 +18,7 @@ from pgt_diag.config import (
     Amp,
     Augment,
     BadImages,
+    BatchPer,
     DatasetName,
     Device,
     LrRule,
@@ -56,13 +57,6 @@ class Resume(StrEnum):
 
     REQUIRED = "required"
     AUTO = "auto"
-
-
-class BatchPer(StrEnum):
-    """What a batch size counts."""
-
-    GLOBAL = "global"
-    PROCESS = "process"
 
 
 class TrainCommand(TyperCommand):

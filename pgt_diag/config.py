@@ -115,6 +115,13 @@ class BadImages(StrEnum):
     SKIP = "skip"
 
 
+class BatchPer(StrEnum):
+    """What a batch size counts the images of: all processes together, or each."""
+
+    GLOBAL = "global"
+    PROCESS = "process"
+
+
 class Device(StrEnum):
     """Where to train; auto takes a CUDA GPU when there is one."""
 

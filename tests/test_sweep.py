@@ -238,6 +238,25 @@ def test_ctrl_c_writes_a_checkpoint_and_names_the_command(
     assert status_of(rows_of(**values)[1], tmp_path / "runs").state is State.NEW
 
 
+def test_two_processes_make_each_run_together(tmp_path: Path) -> None:
+    process = start(
+        *sweep_command({"seed": [3], "batch_size": 4}), "--nproc=2", "--batch-per=process",
+        cwd=tmp_path,
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    [row] = rows_of(seed=3, batch_size=8)
+    run = pgt_diag.load_run(tmp_path / "runs" / row.name)
+    assert (run.status, run.info["environment"]["processes"]) == ("finished", 2)
+
+
+def test_a_run_that_fails_in_several_processes_says_why(tmp_path: Path) -> None:
+    (row,) = rows_of(batch_size=8, accumulate=5)
+    (status,) = make_rows([row], tmp_path, processes=2)
+    assert status.state is State.FAILED
+    assert "need at least 10 images" in str(status.message)
+
+
 def test_two_sweeps_at_once_make_each_run_once(tmp_path: Path, alone: Any) -> None:
     values = {"seed": [0, 1, 2, 3]}
     processes = [start(*sweep_command(values), cwd=tmp_path) for _ in range(2)]

@@ -112,6 +112,12 @@ def test_a_minute_before_its_end_a_task_writes_a_checkpoint_and_is_queued_again(
     assert difference(contents(folder / row.name), there) is None
 
 
+def test_a_task_of_several_processes(tmp_path: Path, capsys: Any) -> None:
+    written = write(tmp_path, {}, capsys, "--nproc=4", "--gpus-per-run=4")
+    [line] = (Path(written["script"]).parent / "rows.txt").read_text().splitlines()
+    assert " --nproc 4 " in line
+
+
 def test_failed_rows_are_submitted_on_request(tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "runs"
     rows = build_grid(None, {**TINY, **DIVERGING}).rows

@@ -60,7 +60,7 @@ class Row:
         batch_norm = f"{config.model.rpartition('/')[2]}-" if config.norm is Norm.BATCH else ""
         return f"{batch_norm}{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
 
-    def command(self, directory: Path) -> list[str]:
+    def command(self, directory: Path, processes: int = 1) -> list[str]:
         """Return the `pgt-diag train` command that makes this run, or goes on with it."""
         start = compose(self.preset, {}, {})[0]
         words = ["pgt-diag", "train", "--preset", str(self.preset)]
@@ -69,6 +69,7 @@ class Row:
             # A preset's warm-up is cut to a shorter run; only one that is named is left alone.
             if value != getattr(start, field.name) or field.name == "warmup_epochs":
                 words += _option(field.name, value)
+        words += ["--nproc", str(processes)] if processes > 1 else []
         return [*words, "--run-dir", str(directory), "--resume", "auto"]
 
 
@@ -77,6 +78,15 @@ class Grid:
     """A sweep's rows, each once."""
 
     rows: tuple[Row, ...]
+
+    def per_process(self, processes: int) -> "Grid":
+        """Return the grid whose batch sizes are what each of so many processes gets in this one."""
+        rows = []
+        for row in self.rows:
+            size = row.config.batch_size * processes
+            config = dataclasses.replace(row.config, batch_size=size)
+            rows.append(Row(config, row.preset))
+        return Grid(tuple(rows))
 
     @property
     def lr_rule(self) -> str:

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from pgt_diag.progress import Listener
 from pgt_diag.reading import is_locked
 from pgt_diag.resuming import ResumePoint, resume_point
 from pgt_diag.sweep.grid import Row
+from pgt_diag.sweep.processes import train_in_processes
 from pgt_diag.sweep.status import RowStatus, State, status_of
 
 FAILED_FOLDER = "failed"
@@ -40,11 +42,16 @@ def make_row(
     row: Row,
     folder: Path,
     *,
+    processes: int = 1,
     retry_failed: bool = False,
     listener: Listener | None = None,
+    look: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> RowStatus:
     """Make a row's run, go on with it, or leave it as it is; return how it stands then.
+
+    processes: how many train it together, if not this one alone; `listener` then hears nothing,
+    and `look` is called now and then.
 
     A finished one is left, one that another process makes as well (RUNNING), and a failed one
     unless `retry_failed`. What goes wrong with this run alone is told in the status.
@@ -62,14 +69,17 @@ def make_row(
         try:
             with _own_settings():
                 point = starting_point(directory, retry_failed=retry_failed)
-                training.train(
-                    _config(row, point),
-                    directory,
-                    listener=listener,
-                    resume=point,
-                    stop=stop,
-                    command=row.command(directory),
-                )
+                if processes > 1:
+                    train_in_processes(row, directory, processes, look=look, stop=stop)
+                else:
+                    training.train(
+                        _config(row, point),
+                        directory,
+                        listener=listener,
+                        resume=point,
+                        stop=stop,
+                        command=row.command(directory),
+                    )
         except (DataError, NoSpaceError):
             raise
         except Exception as error:  # out of memory, a damaged disk: the next row may do better
@@ -84,11 +94,12 @@ def make_rows(
     rows: Sequence[Row],
     folder: Path,
     *,
+    processes: int = 1,
     retry_failed: bool = False,
     listener: SweepListener | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[RowStatus]:
-    """Make a sweep's rows in this process, one after the other; return how they stand.
+    """Make a sweep's rows one after the other, here or in `processes`; return how they stand.
 
     Rows that another process makes are left to it, and waited for. Raises what `make_row` does.
     """
@@ -106,8 +117,10 @@ def make_rows(
                 status = make_row(
                     row,
                     folder,
+                    processes=processes,
                     retry_failed=retry_failed,
                     listener=listener.row_listener(row),
+                    look=partial(_tell, row, folder, listener),
                     stop=stop,
                 )
             if status.state is State.RUNNING:
@@ -119,6 +132,10 @@ def make_rows(
         if not progressed:
             time.sleep(_LOOK_SECONDS)
     return [results[row] for row in rows]
+
+
+def _tell(row: Row, folder: Path, listener: SweepListener) -> None:
+    listener.changed(replace(status_of(row, folder), state=State.RUNNING))
 
 
 def is_to_do(status: RowStatus, *, retry_failed: bool) -> bool:

@@ -25,6 +25,7 @@ def make_rows_on_ray(
     rows: Sequence[Row],
     folder: Path,
     *,
+    processes: int = 1,
     address: str | None = None,
     cpus_per_run: float | None = None,
     gpus_per_run: float | None = None,
@@ -35,7 +36,8 @@ def make_rows_on_ray(
     """Make a sweep's rows in Ray tasks, as many at once as there is room for.
 
     address: of a cluster, as `ray.init` takes it; by default this machine alone. By default a run
-    has one GPU where it may use one and there is any, and a CPU for each of its worker processes.
+    has a GPU for each of its `processes` where it may use one and there is any, and a CPU for each
+    of these and for what reads their images.
     Raises what `making.make_row` does, and ConfigurationError when Ray cannot be used.
     """
     try:
@@ -65,9 +67,9 @@ def make_rows_on_ray(
                     if status.state is not State.RUNNING:
                         results[row] = status
                     continue
-                cpus, gpus = _resources(row, have, cpus_per_run, gpus_per_run)
+                cpus, gpus = _resources(row, have, processes, cpus_per_run, gpus_per_run)
                 placed = task.options(num_cpus=cpus, num_gpus=gpus, name=row.name)
-                active[placed.remote(row, folder, stop_file, retry_failed)] = row
+                active[placed.remote(row, folder, stop_file, processes, retry_failed)] = row
             _collect(ray, active, folder, results, listener, stop, stop_file)
             if not active and len(results) < len(rows):
                 if stop():
@@ -107,12 +109,18 @@ def _connect(ray: Any, address: str | None) -> None:
             signal.signal(number, handler)
 
 
-def _task(row: Row, folder: Path, stop_file: Path, retry_failed: bool) -> _Answer:
+def _task(row: Row, folder: Path, stop_file: Path, processes: int, retry_failed: bool) -> _Answer:
     """Make a row in a worker; None when it was asked to stop, the error that ends the sweep."""
     if stop_file.exists():
         return None
     try:
-        return make_row(row, folder, retry_failed=retry_failed, stop=_Look(stop_file))
+        return make_row(
+            row,
+            folder,
+            processes=processes,
+            retry_failed=retry_failed,
+            stop=_Look(stop_file),
+        )
     except KeyboardInterrupt:
         return None
     except PgtDiagError as error:
@@ -174,12 +182,13 @@ def _collect(
 
 
 def _resources(
-    row: Row, have: dict[str, float], cpus: float | None, gpus: float | None
+    row: Row, have: dict[str, float], processes: int, cpus: float | None, gpus: float | None
 ) -> tuple[float, float]:
     if gpus is None:
-        gpus = 1 if row.config.device is not Device.CPU and have.get("GPU", 0) >= 1 else 0
+        wanted = row.config.device is not Device.CPU and have.get("GPU", 0) >= 1
+        gpus = processes if wanted else 0
     if cpus is None:
-        cpus = min(max(1, row.config.workers), have.get("CPU", 1))
+        cpus = min(processes * max(1, row.config.workers), have.get("CPU", 1))
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
         if asked > have.get(name, 0):
             raise ConfigurationError(

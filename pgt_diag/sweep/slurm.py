@@ -15,7 +15,12 @@ ROWS_FILE = "rows.txt"
 
 
 def write_job_array(
-    rows: Sequence[Row], folder: Path, *, cpus_per_run: float | None, gpus_per_run: float | None
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    processes: int = 1,
+    cpus_per_run: float | None,
+    gpus_per_run: float | None,
 ) -> Path:
     """Write the rows' commands and the script for `sbatch` into the sweep's folder; return it.
 
@@ -24,7 +29,7 @@ def write_job_array(
     """
     folder = folder.absolute()
     storage.make_folder(folder)
-    lines = [shlex.join(row.command(folder / row.name)) for row in rows]
+    lines = [shlex.join(row.command(folder / row.name, processes)) for row in rows]
     # The rows first: a script never counts more than there are.
     storage.write(folder / ROWS_FILE, "".join(f"{line}\n" for line in lines).encode())
     wanted = [f"#SBATCH --cpus-per-task={cpus_per_run:.0f}"] if cpus_per_run else []
