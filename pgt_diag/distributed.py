@@ -105,7 +105,7 @@ class World:
             torch.distributed.destroy_process_group()
         if self.size == 1 or error is None or isinstance(error, PeerError):
             return
-        if _is_of_a_peer(error):
+        if is_of_a_peer(error):
             told = "" if self.rank else "another process of this run ended; go on with --resume"
             raise PeerError(told) from None
         if self.rank and isinstance(error, KeyboardInterrupt):
@@ -229,7 +229,7 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _is_of_a_peer(error: BaseException) -> bool:
+def is_of_a_peer(error: BaseException) -> bool:
     """Whether a collective operation failed: another process died, or did not answer."""
     if isinstance(error, torch.distributed.DistError):
         return True

@@ -25,7 +25,7 @@ from pgt_diag.config import Amp, Norm, RunConfig
 from pgt_diag.data import ImageData, load_data
 from pgt_diag.data.base import random_number
 from pgt_diag.directory import check_vacant
-from pgt_diag.distributed import World, resolve_device
+from pgt_diag.distributed import World, is_of_a_peer, resolve_device
 from pgt_diag.encoder import default_record_every
 from pgt_diag.errors import (
     ConfigurationError,
@@ -437,6 +437,8 @@ class _Session:
             raise
         except BaseException as error:
             message = f"{type(error).__name__}: {error}"
+            if is_of_a_peer(error):
+                message = "another process of this run ended"
             raise
         finally:
             self.data.close()
