@@ -118,17 +118,21 @@ def _print_table(screen: "Console", shown: dict[str, Any]) -> None:
     for name in ("runs", *shown["values"], "dead", *papers):
         made.add_column(name.replace("difference", "diff."), justify="right")
     made.add_column("note")
-    setting = ""
+    settings: dict[str, str] = {}
+    letter = ""
     for group in shown["groups"]:
-        setting = group["setting"] or setting
+        if not group["rows"][0]["missing"]:
+            letter = settings.setdefault(group["told"], f"({len(settings) + 1})")
         rows = [row for row in group["rows"] if not row["missing"]]
         for place, row in enumerate(rows):
-            note = "; ".join(filter(None, (setting, row["note"])))
+            note = " ".join(filter(None, (letter, row["note"])))
             made.add_row(
                 *_table_cells(row, first), safe(note, 160), end_section=place == len(rows) - 1
             )
     screen.print()
     screen.print(made)
+    for setting, letter in settings.items():
+        screen.print(f"{letter} {safe(setting, 300)}", soft_wrap=not screen.is_terminal)
     screen.print(
         f"{shown['note']} ★ best accuracy, ▲ largest gain; differences are to the baseline of the "
         "same setting, batch size and seed, ± half their 95 % interval.",
