@@ -112,20 +112,27 @@ def _print_table(screen: "Console", shown: dict[str, Any]) -> None:
     made = table(screen, f"{shown['name']}: {shown['title']}")
     for head in shown["heads"]:
         made.add_column(head["name"], justify="right" if head["numeric"] else "left")
-    for name in ("runs", *shown["values"], "dead", *shown["paper_values"]):
+    # Of the paper's, those of test images: a terminal is narrow.
+    first = shown["paper_values"].index("test %")
+    papers = [f"paper: {shown['paper_values'][first]}", *shown["paper_values"][first + 1 :]]
+    for name in ("runs", *shown["values"], "dead", *papers):
         made.add_column(name.replace("difference", "diff."), justify="right")
-    first_of_paper = len(shown["heads"]) + len(shown["values"]) + 2
-    made.columns[first_of_paper].header = f"paper: {shown['paper_values'][0]}"
     made.add_column("note")
-    setting = ""
+    settings: dict[str, str] = {}
+    letter = ""
     for group in shown["groups"]:
-        setting = group["setting"] or setting
+        if not group["rows"][0]["missing"]:
+            letter = settings.setdefault(group["told"], f"({len(settings) + 1})")
         rows = [row for row in group["rows"] if not row["missing"]]
         for place, row in enumerate(rows):
-            note = "; ".join(filter(None, (setting, row["note"])))
-            made.add_row(*_table_cells(row), safe(note, 160), end_section=place == len(rows) - 1)
+            note = " ".join(filter(None, (letter, row["note"])))
+            made.add_row(
+                *_table_cells(row, first), safe(note, 160), end_section=place == len(rows) - 1
+            )
     screen.print()
     screen.print(made)
+    for setting, letter in settings.items():
+        screen.print(f"{letter} {safe(setting, 300)}", soft_wrap=not screen.is_terminal)
     screen.print(
         f"{shown['note']} ★ best accuracy, ▲ largest gain; differences are to the baseline of the "
         "same setting, batch size and seed, ± half their 95 % interval.",
@@ -134,13 +141,14 @@ def _print_table(screen: "Console", shown: dict[str, Any]) -> None:
     )
 
 
-def _table_cells(row: dict[str, Any]) -> list[str]:
+def _table_cells(row: dict[str, Any], first_of_paper: int) -> list[str]:
     from commands.terminal import safe
 
     marks = {"train": ("★", "red"), "test": ("★", "blue"), "": ("▲", "yellow")}
     cells = [*(safe(head) for head in row["heads"]), str(row["runs"])]
     cells += [_marked(cell, *marks.get(cell["part"], ("", ""))) for cell in row["cells"]]
-    return [*cells, str(row["dead"]), *(_marked(cell, "★", "") for cell in row["paper"])]
+    papers = row["paper"][first_of_paper:]
+    return [*cells, str(row["dead"]), *(_marked(cell, "★", "") for cell in papers)]
 
 
 def _marked(cell: dict[str, Any], mark: str, colour: str) -> str:

@@ -79,14 +79,16 @@ def resolve_layers(layers: Sequence[Layer], wanted: Sequence[int | str]) -> list
     """Return the layers asked for by the paper's index or by name; None where there is none.
 
     The default, 11 and 19 of 20, becomes the same depths of a network with another number of
-    convolutions: the last one and the one at 58 %.
+    convolutions: the last one and the one at 58 %. Squeeze-and-excitation's are not counted there:
+    their maps are gates of one pixel.
     """
     if not layers:
         return [None for _ in wanted]
     if tuple(wanted) == DEFAULT_LAYERS and len(layers) != PAPER_CONVOLUTIONS:
-        deepest = len(layers) - 1
+        deep = [layer for layer in layers if ".se." not in layer.name] or layers
+        deepest = len(deep) - 1
         places = dict.fromkeys((round(deepest * 11 / 19), deepest))
-        return [layers[place] for place in places]
+        return [deep[place] for place in places]
     known: dict[int | str, Layer] = {}
     for layer in layers:
         known[layer.index] = known[str(layer.index)] = known[layer.name] = layer

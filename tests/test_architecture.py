@@ -46,7 +46,7 @@ def loaded_after(code: str) -> set[str]:
 
 def test_help_loads_neither_torch_nor_pandas_nor_plotly() -> None:
     code = "from commands.app import main; assert main(['--help']) == 0"
-    assert not {"torch", "pandas", "plotly", "pyarrow", "numpy"} & loaded_after(code)
+    assert not {"torch", "timm", "pandas", "plotly", "pyarrow", "numpy"} & loaded_after(code)
 
 
 def test_a_mistyped_option_is_answered_without_loading_torch() -> None:

@@ -450,6 +450,26 @@ def test_labels_tell_the_runs_apart():
     assert text.run_labels([runs[0], runs[0]]) == ["a #1", "a #2"]
 
 
+def test_labels_name_what_differs_and_nothing_else():
+    runs = [
+        DemoRun(f"{model}{smoothing}", config("pgt", model=model, label_smoothing=smoothing))
+        for model in ("resnet18", "timm/seresnet18")
+        for smoothing in (0.0, 0.1)
+    ]
+    assert text.run_labels(runs) == [
+        f"PGT (α 0.25), {model}, smoothing {smoothing}"
+        for model in ("resnet18", "seresnet18")
+        for smoothing in ("0", "0.1")
+    ]
+
+
+def test_the_default_layers_are_no_gates():
+    names = ["conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.0.se.fc1", "layer1.0.se.fc2"]
+    layers = [DemoLayer(name, i, 4) for i, name in enumerate(names)]
+    found = panels.resolve_layers(layers, panels.DEFAULT_LAYERS)
+    assert [layer.name for layer in found] == ["layer1.0.conv1", "layer1.0.conv2"]
+
+
 def test_islands_cannot_end_their_element():
     assert text.json_island({"a": "</script>&\u2028", "b": math.nan}) == (
         '{"a":"\\u003c/script\\u003e\\u0026\\u2028","b":null}'

@@ -305,6 +305,8 @@ def test_time_is_measured_where_no_run_has_finished(tmp_path: Path) -> None:
     rows = rows_of(epochs=4, batch_size=[4, 8])
     found = estimate([status_of(row, tmp_path) for row in rows], tmp_path)
     assert all(each.seconds > 0 and each.disk_bytes > 0 for each in found)
+    assert found[0].flops == found[1].flops > 0
+    assert 0 < found[0].memory_bytes < found[1].memory_bytes
     assert {each.source for each in found} == {"a few iterations measured here"}
     assert not list(tmp_path.iterdir())
 

@@ -241,6 +241,8 @@ def test_a_name_stands_for_what_decides_the_result_and_for_nothing_else() -> Non
     for key, value in elsewhere.items():
         other = dataclasses.replace(row.config, **{key: value})
         assert Row(other, Preset.SMOKE).name == row.name, key
+    normalised = dataclasses.replace(row.config, norm="batch", model="timm/a/../b c")
+    assert Row(normalised, Preset.SMOKE).name.startswith("b_c-agc+pgt-a0.5-b32-s7-")
     others = {
         "alpha": 0.25, "lr": 0.2, "weight_decay": 0.0, "model": "resnet34", "seed": 8,
         "clip_norm": 3.0, "agc_clip_factor": 0.02, "epochs": 99, "record_every": 2,

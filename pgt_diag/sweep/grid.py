@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,10 @@ class Row:
         alpha = f"-a{config.alpha:g}" if config.method.uses_pgt else ""
         text = json.dumps(deciding(config), sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        batch_norm = f"{config.model.rpartition('/')[2]}-" if config.norm is Norm.BATCH else ""
-        return f"{batch_norm}{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
+        network = ""
+        if config.norm is Norm.BATCH:
+            network = re.sub(r"[^\w.]", "_", config.model.rpartition("/")[2])[:40] + "-"
+        return f"{network}{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
 
     def command(self, directory: Path, processes: int = 1) -> list[str]:
         """Return the `pgt-diag train` command that makes this run, or goes on with it."""
