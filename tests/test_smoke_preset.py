@@ -9,7 +9,7 @@ from commands.app import main
 from pgt_diag.filters import deaths
 
 
-@pytest.mark.parametrize("method", ["baseline", "pgt"])
+@pytest.mark.parametrize("method", [pytest.param("baseline", marks=pytest.mark.long), "pgt"])
 def test_smoke_learns_digits_and_filters_die_on_the_way(method: str, tmp_path: Path) -> None:
     folder = tmp_path / method
     assert main(["train", "--preset=smoke", f"--method={method}", f"--run-dir={folder}"]) == 0
