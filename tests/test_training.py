@@ -1,6 +1,7 @@
 """The training loop against a hand-written one, and how runs end."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def reference_run(config: RunConfig) -> tuple[dict[str, Tensor], float]:
 
 
 @pytest.fixture
+def float64() -> Iterator[None]:
+    """Train in double precision: what rounding does to float32 grows with every step."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def built_models(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     models: list[nn.Module] = []
 
@@ -122,7 +131,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_method_trains_as_the_loop_written_out(
-    variant: str, tmp_path: Path, built_models: list[nn.Module]
+    variant: str, tmp_path: Path, built_models: list[nn.Module], float64: None
 ) -> None:
     config = tiny(**VARIANTS[variant], weight_decay=0.05)
     training.train(config, tmp_path / "run")
@@ -132,7 +141,7 @@ def test_every_method_trains_as_the_loop_written_out(
     for name, expected in weights.items():
         moved = (expected - start[name]).norm()
         error = (built_models[0].state_dict()[name] - expected).norm()
-        assert error < 2e-3 * moved, name
+        assert error < 1e-5 * moved, name  # clip_grad_norm_ adds 1e-6 to the norm
     run = pgt_diag.load_run(tmp_path / "run")
     assert run.metrics["test_accuracy"].iloc[-1] == pytest.approx(accuracy)
     assert run.iteration_count == 8
