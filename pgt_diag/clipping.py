@@ -4,12 +4,13 @@ The paper's other rule, GC, is `torch.nn.utils.clip_grad_norm_` over all paramet
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.reductions import filter_norms
 
 
 def adaptive_clip_grad_(
@@ -33,12 +34,33 @@ def adaptive_clip_grad_(
     Source: Brock et al. 2021 (arXiv 2102.06171), Eq. 3; google-deepmind/deepmind-research,
         nfnets/optim.py.
     """
+    return clip_filters_(parameters, clip_factor, eps)[0]
+
+
+@torch.no_grad()
+def clip_filters_(
+    parameters: Tensor | Iterable[Tensor], clip_factor: float, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Do what `adaptive_clip_grad_` does; return the factors, and the gradients' norms after it.
+
+    Shapes: both one tensor per parameter, (filters,) or (1,) float32; a norm is NaN where there is
+        no gradient.
+    Raises: as `adaptive_clip_grad_`.
+    """
     _require_positive("clip_factor", clip_factor)
     _require_positive("eps", eps)
-    if isinstance(parameters, Tensor):
-        parameters = [parameters]
-    with torch.no_grad():
-        return [_clip_filters_(parameter, clip_factor, eps) for parameter in parameters]
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    factors = [torch.ones(_filters(p), device=p.device) for p in parameters]
+    norms = [torch.full_like(each, torch.nan) for each in factors]
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            kinds.setdefault((parameter.device, parameter.dtype), []).append(index)
+    for indices in kinds.values():
+        clipped = _clip_alike_([parameters[index] for index in indices], clip_factor, eps)
+        for index, factor, norm in zip(indices, *clipped, strict=True):
+            factors[index], norms[index] = factor.float(), norm.float()
+    return factors, norms
 
 
 def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[nn.Parameter]:
@@ -60,25 +82,34 @@ def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[n
     return [parameter for parameter in model.parameters() if id(parameter) not in classifier]
 
 
-def _clip_filters_(parameter: Tensor, clip_factor: float, eps: float) -> Tensor:
-    """Clip one parameter's gradient in place; return its factors, float32 (filters,) or (1,)."""
-    grad = parameter.grad
-    if grad is None:
-        filters = parameter.shape[0] if parameter.ndim > 1 else 1
-        return torch.ones(filters, dtype=torch.float32, device=parameter.device)
-    largest = clip_factor * _filter_norms(parameter).clamp(min=eps)
+def _clip_alike_(
+    parameters: Sequence[Tensor], clip_factor: float, eps: float
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Clip the gradients of parameters of one device and dtype: all filters are computed at once.
+
+    Returns factors and norms afterwards, (filters,) or (1,), in at least float32.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    sizes = [_filters(parameter) for parameter in parameters]
+    dtype = torch.promote_types(parameters[0].dtype, torch.float32)
+    before, weights = parameters[0].new_empty(2, sum(sizes), dtype=dtype)
+    filter_norms([_rows(gradient) for gradient in gradients], before.split(sizes))
+    filter_norms([_rows(parameter) for parameter in parameters], weights.split(sizes))
     # A gradient of 0 gives infinity here, and so the factor 1.
-    factor = (largest / _filter_norms(grad)).clamp(max=1.0)
-    grad.mul_(factor)
-    return factor.flatten().float()
+    factors = (clip_factor * weights.clamp(min=eps)).div_(before).clamp_(max=1.0)
+    for gradient, factor in zip(gradients, factors.split(sizes), strict=True):
+        # A vector is one filter: its factor is a scalar.
+        gradient.mul_(factor.view([-1, *[1] * gradient.dim()][: gradient.dim()]))
+    return factors.split(sizes), (before * factors).split(sizes)
 
 
-def _filter_norms(tensor: Tensor) -> Tensor:
-    """Return L2 norms over all dims but the first, kept: (filters, 1, …), or () for a vector."""
-    dim = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dim, keepdim=tensor.ndim > 1, dtype=dtype)
-    return norms
+def _rows(parameter: Tensor) -> Tensor:
+    """Return a parameter with a row for each of its filters."""
+    return parameter if parameter.dim() > 1 else parameter.reshape(1, -1)
+
+
+def _filters(parameter: Tensor) -> int:
+    return len(parameter) if parameter.dim() > 1 else 1
 
 
 def _require_positive(name: str, value: float) -> None:

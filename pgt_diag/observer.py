@@ -5,6 +5,7 @@ hooks at those calls only. They reduce a map at once and keep no tensor.
 """
 
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from pgt_diag.activations import ActivationFinder, Call, Hook, Tap, convolutions
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.reductions import Reading, read_map, read_map_and_gap
+from pgt_diag.reductions import Reading, add_activity, read_map_and_gap
 
 
 class MapSink(Protocol):
@@ -21,8 +22,11 @@ class MapSink(Protocol):
     def begin(self, taps: dict[str, tuple[Tap, ...]], gap_tap: Tap, gap_features: int) -> None:
         """Take where each convolution is read; once, before anything is added."""
 
-    def add_activity(self, layer: str, activity: Tensor) -> None:
-        """Add (filters,) activity, 0 where the channel was silent in one call of the layer."""
+    def activity(self, layer: str) -> Tensor:
+        """Return where to add, in place, what is above 0 where a channel is not silent; (filters,).
+
+        It is asked for at every call of the layer.
+        """
 
     def add_gap(self, squares: Tensor) -> None:
         """Add the squares of the GAP features, (features,), summed over the batch."""
@@ -162,7 +166,8 @@ class MapObserver:
         self.ready = True
         if self._training_pass:
             for call in self._readers:
-                self._add(call, first.maps[call])
+                for reading, rows in self._places(call):
+                    _add(first.maps[call][reading], rows)
             self._sink.add_gap(gap)
 
     def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]], seen: list[Call]) -> Tap:
@@ -231,16 +236,21 @@ class MapObserver:
         if call == self._gap_tap.where:
             maps[self._gap_tap.reading], gap = read_map_and_gap(values, self._gap_tap.reading)
             self._sink.add_gap(gap)
-        for reading in self._readers.get(call, ()):
-            if reading not in maps:
-                maps[reading] = read_map(values, reading)
-        self._add(call, maps)
+        for reading, places in self._places(call):
+            if reading in maps:
+                _add(maps[reading], places)
+            else:
+                add_activity(values, reading, places)
         self.seconds += time.perf_counter() - began
 
-    def _add(self, call: Call, maps: dict[Reading, Tensor]) -> None:
+    def _places(self, call: Call) -> Iterator[tuple[Reading, list[Tensor]]]:
         for reading, layers in self._readers.get(call, {}).items():
-            for layer in layers:
-                self._sink.add_activity(layer, maps[reading])
+            yield reading, [self._sink.activity(layer) for layer in layers]
+
+
+def _add(activity: Tensor, places: Iterable[Tensor]) -> None:
+    for place in places:
+        place.add_(activity)
 
 
 class _FirstMaps:

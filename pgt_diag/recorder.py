@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pgt_diag import trace
 from pgt_diag.activations import Tap, convolutions
 from pgt_diag.directory import RunDirectory
-from pgt_diag.encoder import SCALARS, TraceEncoder, layer_slices
+from pgt_diag.encoder import TraceEncoder, layer_slices
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver
@@ -55,6 +55,8 @@ class FilterRecorder:
     that a step's forward passes did not call, has unknown activity: it is never called silent.
     `taps` names such a map. A GradScaler's skipped step is no iteration, and its batch is
     forgotten, unless the loop zeroes gradients with `set_to_none=False`.
+
+    A whole step may be captured as a CUDA graph; tell `replayed()` of every replay.
 
     Under data parallelism every process makes a recorder, and only the first one (rank 0) writes:
     give it a checkpoint's state to resume from in all of them, and log values of the whole batch.
@@ -249,21 +251,42 @@ class FilterRecorder:
         grad_norm_before_clip: Tensor | float | None = None,
         clip_coefficient: Tensor | float | None = None,
         clip_factors: dict[str, Tensor] | None = None,
+        gradient_norms: dict[str, Tensor] | None = None,
     ) -> None:
         """Add what only the loop knows to the coming step's row; call it before `step()`.
 
         Tensors are taken as they are on the device, without waiting for it. `accuracy` is a
         percentage, `clip_factors` maps convolutions to (filters,) factors in [0, 1].
+        `gradient_norms` maps them to (filters,) norms of the gradients that the optimizer will get,
+        where the loop has computed these: they are not computed again. 0 must mean a gradient of
+        zeros.
         """
-        _check_names("convolution", self._index, clip_factors or ())
+        for names in (clip_factors, gradient_norms):
+            _check_names("convolution", self._index, names or ())
         told = {
             "loss": loss,
             "accuracy": accuracy,
             "grad_norm_before_clip": grad_norm_before_clip,
             "clip_coefficient": clip_coefficient,
             "clip_factors": clip_factors,
+            "gradient_norms": gradient_norms,
         }
         self._told |= {name: value for name, value in told.items() if value is not None}
+
+    def replayed(self) -> None:
+        """Count a replay of the CUDA graph that a whole step was captured in, hooks included.
+
+        Call it after every `graph.replay()`: what was measured lies in the row of the coming step,
+        and the replay ran no hook. The capture itself counts as no step. At least one step has to
+        be made before it, outside any graph.
+
+        Raises RecorderError when no step was made before.
+        """
+        began = time.perf_counter()
+        if self._ring is None or not self._steps:
+            raise RecorderError("replayed: make a step before the capture, outside any CUDA graph")
+        self._finish_row(self._ring)
+        self._seconds += time.perf_counter() - began
 
     def update_info(self, values: dict[str, Any]) -> None:
         """Merge entries, plain JSON values, into run.json."""
@@ -365,11 +388,11 @@ class FilterRecorder:
         )
         self._open_run(taps, gap_tap)
 
-    def add_activity(self, layer: str, activity: Tensor) -> None:
-        """Add to the coming step's row: several batches make up one iteration (MapSink)."""
+    def activity(self, layer: str) -> Tensor:
+        """Return the coming step's row: several batches make up one iteration (MapSink)."""
         assert self._ring is not None
-        self._ring.row.activity_of[self._index[layer]].add_(activity)
         self._unseen.discard(layer)
+        return self._ring.row.activity_of[self._index[layer]]
 
     def add_gap(self, squares: Tensor) -> None:
         """Add to the coming step's row (MapSink)."""
@@ -475,9 +498,12 @@ class FilterRecorder:
             "lr": optimizer.param_groups[0]["lr"],
             "grad_norm": self._global_gradient_norm(row, optimizer, scale),
         }
-        for index, name in enumerate(SCALARS):
-            if name in told:
-                row.scalars[index] = told[name]
+        for name, place in row.scalars.items():
+            value = told.get(name)
+            if isinstance(value, Tensor):
+                place.copy_(value.reshape(()))
+            elif value is not None:
+                place.fill_(value)
         for name, factors in told.get("clip_factors", {}).items():
             row.clip_factors_of[self._index[name]].copy_(factors)
         found_inf = getattr(optimizer, "found_inf", None)
@@ -521,10 +547,14 @@ class FilterRecorder:
         assert self._ring is not None
         if not self._rank:
             filter_norms(self._weights(), self._ring.row.weight_norms_of)
-        self._steps += 1
-        if self._ring.advance() or time.monotonic() - self._handed_over > _HANDOVER_SECONDS:
-            self._hand_over()
+        if not is_capturing(self._device):
+            self._finish_row(self._ring)
         self._seconds += time.perf_counter() - began
+
+    def _finish_row(self, ring: Ring) -> None:
+        self._steps += 1
+        if ring.advance() or time.monotonic() - self._handed_over > _HANDOVER_SECONDS:
+            self._hand_over()
 
     # Measurements
 
@@ -532,8 +562,15 @@ class FilterRecorder:
         return [module.weight for module in self._convolutions.values()]
 
     def _write_gradient_norms(self, row: Row, scale: Tensor | None) -> None:
-        pairs = zip(self._weights(), row.gradient_norms_of, strict=True)
-        known = [(weight.grad, out) for weight, out in pairs if weight.grad is not None]
+        told = self._told.get("gradient_norms", {})
+        for name, norms in told.items():
+            row.gradient_norms_of[self._index[name]].copy_(norms)
+        places = zip(self.convolution_weights, row.gradient_norms_of, strict=True)
+        known = [
+            (weight.grad, out)
+            for (name, weight), out in places
+            if weight.grad is not None and name not in told
+        ]
         filter_norms([gradient for gradient, _ in known], [out for _, out in known])
         if scale is not None:
             row.gradient_norms.div_(scale)
@@ -583,6 +620,11 @@ def _rank_and_world() -> tuple[int, int]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is done on the device is being captured as a CUDA graph, and not yet done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _check_names(kind: str, known: Iterable[str], names: Iterable[str]) -> None:

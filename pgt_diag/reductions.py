@@ -1,7 +1,10 @@
 """What the hooks compute, as pure tensor maths: filter norms, silence, spatial means."""
 
+import functools
+import importlib
+import importlib.util
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,31 +13,67 @@ from torch import Tensor
 _SAFE_NORM = 1e-15
 # With fewer pixels to a map, the CPU adds up faster over the batch first.
 _FEW_PIXELS = 16
+# In smaller maps all images are read faster than few are found to be enough.
+_LARGE, _FEW_IMAGES = 1 << 20, 8
 
 Reading = Literal["sum", "peak", "positive"]
 """How a hook reads a map: "sum" of a non-negative one, "peak" |value| of a signed one, or the
 "positive" part of what a ReLU without a module of its own is about to take."""
 
 
+def is_asynchronous(tensor: Tensor) -> bool:
+    """Whether what is done with it is only started: its values must not decide what comes next."""
+    return tensor.is_cuda
+
+
 def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Write the L2 norm of every filter of each weight, without underflow, into its `out`.
 
-    weights: (filters, ...) each, of any float dtype, on one device; out: (filters,) float32 each. A
-    filter of 1e-42 has a norm above 0: only a filter of zeros has the norm 0.
+    weights: (filters, ...) each, of any float dtype, on one device; out: (filters,) each, float32
+    or the weight's dtype. A filter of 1e-42 has a norm above 0: only a filter of zeros has the norm
+    0.
     """
+    if not weights:
+        return
+    if is_asynchronous(weights[0]):
+        _start_filter_norms(weights, out)
+        return
     for weight, norms in zip(weights, out, strict=True):
         dims = tuple(range(1, weight.dim()))
-        if weight.is_cuda:
-            # float64 in registers: no waiting for the device to see which filters are small.
-            norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=torch.float64))
-        elif weight.dtype == torch.float32:
+        if weight.dtype == norms.dtype:
             torch.linalg.vector_norm(weight, dim=dims, out=norms)
         else:
-            dtype = torch.promote_types(weight.dtype, torch.float32)
+            dtype = torch.promote_types(weight.dtype, norms.dtype)
             norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=dtype))
-    if weights and not weights[0].is_cuda:
-        for weight, norms in zip(weights, out, strict=True):
-            _take_small_norms_again(weight, norms)
+    for weight, norms in zip(weights, out, strict=True):
+        _take_small_norms_again(weight, norms)
+
+
+def _start_filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    kernels = working_kernels(weights[0].device)
+    fit = kernels is not None and {norms.dtype for norms in out} == {torch.float32}
+    if kernels is not None and fit and len({weight.dtype for weight in weights}) == 1:
+        dense = [kernels.is_dense(weight) for weight in weights]
+        kernels.write_filter_norms(
+            [weight for weight, fits in zip(weights, dense, strict=True) if fits],
+            [norms for norms, fits in zip(out, dense, strict=True) if fits],
+        )
+    else:
+        dense = [False] * len(weights)
+    for weight, norms, done in zip(weights, out, dense, strict=True):
+        if not done:
+            # float64 in registers: no waiting for the device to see which filters are small.
+            dims = tuple(range(1, weight.dim()))
+            norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=torch.float64))
+
+
+@functools.cache
+def working_kernels(device: torch.device) -> Any:
+    """Return `pgt_diag.kernels`, or None where they do not work: Triton is not everywhere."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    kernels = importlib.import_module("pgt_diag.kernels")
+    return kernels if kernels.usable(device) else None
 
 
 def _take_small_norms_again(weight: Tensor, norms: Tensor) -> None:
@@ -47,8 +86,39 @@ def _take_small_norms_again(weight: Tensor, norms: Tensor) -> None:
         norms[small] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()
 
 
+def add_activity(values: Tensor, reading: Reading, outs: Sequence[Tensor]) -> None:
+    """Add to every `out` something above 0, or NaN, for each channel that is not silent in a map.
+
+    values: (N, C, ...); outs: (C,) float32, contiguous, none of them below 0.
+    """
+    if is_asynchronous(values) and (kernels := working_kernels(values.device)) is not None:
+        positive = reading == "positive"
+        if all(kernels.mark_active(values, out, positive=positive) for out in outs):
+            return
+    activity = read_map(values, reading)
+    for out in outs:
+        out.add_(activity)
+
+
 def read_map(values: Tensor, reading: Reading) -> Tensor:
-    """Reduce a map (N, C, ...) to (C,) float32: 0 exactly where the whole channel is silent."""
+    """Reduce a map (N, C, ...) to (C,) float32: 0 exactly where the whole channel is silent.
+
+    Elsewhere it is any positive number, or NaN. Of a large map on a CPU, channels that a few images
+    show to be active are not looked at in the others.
+    """
+    large = values.numel() >= _LARGE and len(values) > _FEW_IMAGES
+    if not large or is_asynchronous(values):
+        return _reduce(values, reading)
+    activity = _reduce(values[:_FEW_IMAGES], reading)
+    quiet = (activity == 0).nonzero()[:, 0]
+    if 2 * len(quiet) > len(activity):
+        return activity + _reduce(values[_FEW_IMAGES:], reading)
+    if len(quiet):
+        activity[quiet] = _reduce(values[_FEW_IMAGES:].index_select(1, quiet), reading)
+    return activity
+
+
+def _reduce(values: Tensor, reading: Reading) -> Tensor:
     dims = (0, *range(2, values.dim()))
     if reading == "sum":
         if values.is_cuda or not values.is_contiguous():

@@ -1,6 +1,7 @@
-"""The ring of rows on the device that the hooks write to, one row per optimizer step.
+"""The row that the hooks write to, and the ring on the device that keeps the finished ones.
 
-Two halves: while training writes to one, the other is copied beside the training stream.
+The row is always the same memory, so that a step captured as a CUDA graph can write to it. The ring
+has two halves: while one fills, the other is copied beside the training stream.
 """
 
 import itertools
@@ -57,7 +58,7 @@ class RowLayout:
 
 
 class Row:
-    """One ring row, (width,) float32, and views of its parts; made once, as slicing takes time."""
+    """The coming step's row, (width,) float32, and views of its parts: slicing takes time."""
 
     def __init__(self, values: Tensor, layout: RowLayout, layers: Sequence[slice]) -> None:
         self.values = values
@@ -68,7 +69,7 @@ class Row:
         self.gap = values[layout.gap]
         self.shared = values[layout.activity.start : layout.gap.stop]
         """What adds up over processes that share a batch: activity and GAP features."""
-        self.scalars = values[layout.scalars]
+        self.scalars = dict(zip(SCALARS, values[layout.scalars].unbind(), strict=True))
         self.skipped = values[layout.skipped]
         self.weight_norms_of = [self.weight_norms[part] for part in layers]
         self.gradient_norms_of = [self.gradient_norms[part] for part in layers]
@@ -98,23 +99,20 @@ class Ring:
         for index in unseen:
             blank[layout.activity][layers[index]] = torch.nan
         self._blank = blank
-        self._halves = blank.repeat(2, HALF, 1)
-        self._rows = [[Row(row, layout, layers) for row in half] for half in self._halves]
+        self.row = Row(blank.clone(), layout, layers)
+        self._halves = blank.new_empty(2, HALF, layout.width)
         self._transfer = _Transfer(self._halves) if self._halves.is_cuda else None
         self._half = 0
         self._finished = 0
-
-    @property
-    def row(self) -> Row:
-        """The row of the coming step."""
-        return self._rows[self._half][self._finished]
 
     def clear(self) -> None:
         """Make the row of the coming step blank again."""
         self.row.values.copy_(self._blank)
 
     def advance(self) -> bool:
-        """Finish the row; return whether the half is full and has to be taken."""
+        """Keep the row and blank it; return whether the half is full and has to be taken."""
+        self._halves[self._half, self._finished].copy_(self.row.values)
+        self.clear()
         self._finished += 1
         return self._finished == HALF
 
@@ -125,13 +123,8 @@ class Ring:
         """
         if self._finished == 0:
             return None
-        half, rows = self._halves[self._half], self._halves[self._half, : self._finished]
+        rows = self._halves[self._half, : self._finished]
         copied = self._transfer.start(rows) if self._transfer else _copy(rows)
-        other = self._halves[1 - self._half]
-        other.copy_(self._blank)
-        if self._finished < HALF:
-            # A step may be under way: what its batches have shown so far goes along.
-            other[0] = half[self._finished]
         self._half, self._finished = 1 - self._half, 0
         return lambda: self.layout.block(copied())
 
