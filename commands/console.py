@@ -118,6 +118,10 @@ class TrainingConsole(Listener):
             )
             self._bar.start()
 
+    def noted(self, message: str) -> None:
+        """Say what is other than asked for."""
+        self._print(f"note: {message}")
+
     def iterated(self, progress: TrainingProgress) -> None:
         """Move the bar, or print a line now and then."""
         if self._bar is not None:

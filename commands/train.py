@@ -19,6 +19,7 @@ from pgt_diag.config import (
     Augment,
     BadImages,
     BatchPer,
+    CudaGraph,
     DatasetName,
     Device,
     LrRule,
@@ -164,6 +165,9 @@ def train(
     seed: int = _option("seed", "Seed of weights, order and augmentation.", RUN),
     device: Device = _option("device", "Where to train.", RUN),
     amp: Amp = _option("amp", "Mixed precision on a GPU; auto is bf16 there.", RUN),
+    cuda_graph: CudaGraph = _option(
+        "cuda_graph", "Capture the whole step as a CUDA graph; auto: on one GPU.", RUN
+    ),
     threads: int | None = _option("threads", "CPU threads; by default torch's choice.", RUN),
     deterministic: bool = _option(
         "deterministic", "On a GPU: the same bits at every run, slower.", RUN

@@ -139,6 +139,14 @@ class Amp(StrEnum):
     FP16 = "fp16"
 
 
+class CudaGraph(StrEnum):
+    """Whether the training step is captured as a CUDA graph; auto: on one GPU, where it can be."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class Preset(StrEnum):
     """Named starting points; options given beside a preset override it."""
 
@@ -199,6 +207,7 @@ class RunConfig:
     seed: int = 0
     device: Device = Device.AUTO
     amp: Amp = Amp.AUTO
+    cuda_graph: CudaGraph = CudaGraph.AUTO
     threads: int | None = None
     deterministic: bool = False
 
@@ -415,6 +424,8 @@ def _check(config: RunConfig) -> None:
         raise ConfigurationError("momentum is 1.0; it must be less than 1")
     if config.device is Device.CPU and config.amp in (Amp.BF16, Amp.FP16):
         raise ConfigurationError(f"amp is {config.amp} and device is cpu; {config.amp} needs a GPU")
+    if config.device is Device.CPU and config.cuda_graph is CudaGraph.ON:
+        raise ConfigurationError("cuda_graph is on and device is cpu; use auto or off")
 
 
 def _check_learning_rate(config: RunConfig) -> None:

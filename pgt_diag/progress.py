@@ -56,6 +56,9 @@ class Listener:
     def started(self, plan: Plan) -> None:
         """Before the first iteration."""
 
+    def noted(self, message: str) -> None:
+        """When something is other than asked for, and training goes on."""
+
     def iterated(self, progress: Progress) -> None:
         """After every iteration."""
 

@@ -1,6 +1,7 @@
 """One iteration of training: forward and backward, clipping, the optimizer's step."""
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
+from pgt_diag.clipping import agc_parameters, clip_filters_
 from pgt_diag.config import Amp, RunConfig
 from pgt_diag.distributed import World
 from pgt_diag.errors import DivergedError
+from pgt_diag.graph import Capture, GraphedStep
 from pgt_diag.powergrad import PowerGradCrossEntropyLoss
 from pgt_diag.recorder import FilterRecorder
 
@@ -64,10 +66,13 @@ class TrainingStep:
         optimizer: torch.optim.Optimizer,
         recorder: FilterRecorder,
         *,
+        prepare: Callable[..., tuple[Tensor, Tensor]],
         scaler: torch.amp.GradScaler,
         world: World,
         amp: Amp,
         directory: Path,
+        capture: Capture | None = None,
+        capture_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._model = model
@@ -77,24 +82,42 @@ class TrainingStep:
         self._recorder = recorder
         self._scaler = scaler
         self._device = world.device
+        self._prepare = prepare
         self._amp = amp
         self._directory = directory
+        self._make: Callable[..., Tensor] = self._iterate
+        self._lr: Tensor | None = None
+        if capture is not None:
+            # A number would be captured as it is.
+            self._lr = torch.zeros((), device=self._device)
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr
+            self._make = GraphedStep(
+                self._iterate, capture, replayed=recorder.replayed, failed=capture_failed
+            )
         self._agc_parameters = agc_parameters(model, config.agc_classifier)
         self._loss = PowerGradCrossEntropyLoss(
             alpha=config.alpha if config.method.uses_pgt else 1.0,
             label_smoothing=config.label_smoothing,
         )
 
-    def __call__(self, images: Tensor, target: Tensor, lr: float) -> Tensor:
+    def __call__(self, parts: Sequence[Tensor], lr: float) -> Tensor:
         """Make one iteration; return (Σ loss, correct predictions) of the batch, on the device.
 
-        images: (B, 3, S, S) float32, target: (B,) int64: this process's share, on the device. The
-        result is (2,) float64, of the whole batch.
+        parts: this process's share of a raw batch, as `ImageData.raw_batches` yields it. The result
+        is (2,) float64, of the whole batch; the next iteration may overwrite it.
 
         Raises DivergedError, on a CPU, when the loss is NaN or infinite; the weights are as before.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        if self._lr is not None:
+            self._lr.fill_(lr)
+        else:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+        return self._make(*parts)
+
+    def _iterate(self, *raw: Tensor) -> Tensor:
+        images, target = self._prepare(*raw)
         if self._device.type == "cuda":
             images = images.contiguous(memory_format=torch.channels_last)
         self._optimizer.zero_grad(set_to_none=True)
@@ -105,7 +128,8 @@ class TrainingStep:
             with self._averaging(last=index == len(parts) - 1):
                 sums += self._accumulate(part, part_target)
         self._world.sum_(sums)
-        if self._device.type == "cpu" and not math.isfinite(sums[0]):
+        waits = self._device.type == "cpu" and self._lr is None
+        if waits and not math.isfinite(sums[0]):
             raise diverged(self._recorder.steps, self._directory)
         self._scaler.unscale_(self._optimizer)
         self._clip()
@@ -140,15 +164,16 @@ class TrainingStep:
             coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             self._recorder.log(grad_norm_before_clip=norm, clip_coefficient=coefficient)
         if config.method.uses_agc:
-            factors = adaptive_clip_grad_(
+            factors, norms = clip_filters_(
                 self._agc_parameters, config.agc_clip_factor, config.agc_eps
             )
-            ids = map(id, self._agc_parameters)
-            by_parameter = dict(zip(ids, factors, strict=True))
+            places = {id(each): index for index, each in enumerate(self._agc_parameters)}
+            clipped = {
+                name: places[id(weight)]
+                for name, weight in self._recorder.convolution_weights
+                if id(weight) in places
+            }
             self._recorder.log(
-                clip_factors={
-                    name: by_parameter[id(weight)]
-                    for name, weight in self._recorder.convolution_weights
-                    if id(weight) in by_parameter
-                }
+                clip_factors={name: factors[index] for name, index in clipped.items()},
+                gradient_norms={name: norms[index] for name, index in clipped.items()},
             )

@@ -21,7 +21,7 @@ import pgt_diag
 from pgt_diag import checkpoint
 from pgt_diag.activations import convolutions
 from pgt_diag.checkpoint import KEPT
-from pgt_diag.config import Amp, Norm, RunConfig
+from pgt_diag.config import Amp, CudaGraph, Norm, RunConfig
 from pgt_diag.data import ImageData, load_data
 from pgt_diag.data.base import random_number
 from pgt_diag.directory import check_vacant
@@ -34,6 +34,7 @@ from pgt_diag.errors import (
     PgtDiagError,
     RunDirectoryError,
 )
+from pgt_diag.graph import CudaCapture
 from pgt_diag.models import build_model
 from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.reading import Ending
@@ -114,6 +115,15 @@ def resolve_amp(amp: Amp, device: torch.device) -> Amp:
     return amp
 
 
+def resolve_graph(choice: CudaGraph, world: World) -> bool:
+    """Return whether the step is captured as a CUDA graph: that takes one process with a GPU."""
+    possible = world.device.type == "cuda" and world.size == 1
+    if choice is CudaGraph.ON and not possible:
+        why = f"{world.size} processes train" if world.size > 1 else "there is no GPU"
+        raise ConfigurationError(f"cuda_graph is on and {why}; use auto or off")
+    return possible and choice is not CudaGraph.OFF
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the versions and the hardware that a result depends on."""
     return {
@@ -184,6 +194,7 @@ class _Session:
         self.world = world
         self.device = world.device
         self.amp = resolve_amp(config.amp, self.device)
+        self.captured = resolve_graph(config.cuda_graph, world)
         self._check_shares()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -289,7 +300,11 @@ class _Session:
         """Create the run directory, or go on from a checkpoint; attach the recorder."""
         config = self.config
         state = resume.state if resume is not None else None
-        here = {"environment": self._environment(), "amp": self.amp.value}
+        here = {
+            "environment": self._environment(),
+            "amp": self.amp.value,
+            "cuda_graph": self.captured,
+        }
         info: dict[str, Any] = {"config": config.to_mapping(), **here}
         if state is None:
             info |= {
@@ -409,12 +424,23 @@ class _Session:
         if stopping:
             raise KeyboardInterrupt
 
-    def _training_step(self) -> TrainingStep:
+    def _training_step(self, listener: Listener) -> TrainingStep:
+        def capture_failed(reason: str) -> None:
+            if self.config.cuda_graph is CudaGraph.ON:
+                raise ConfigurationError(
+                    f"cuda_graph is on and the step cannot be captured: {reason}; use auto or off"
+                )
+            self.recorder.update_info({"cuda_graph": False})
+            listener.noted(f"the step cannot be captured as a CUDA graph: {reason}")
+
         return TrainingStep(
             self.config,
             self.model,
             self.optimizer,
             self.recorder,
+            prepare=self.data.prepare,
+            capture=CudaCapture(self.device) if self.captured else None,
+            capture_failed=capture_failed,
             scaler=self.scaler,
             world=self.world,
             amp=self.amp,
@@ -426,7 +452,7 @@ class _Session:
         message: str | None = None
         try:
             listener.started(self.plan(resume))
-            self.step = self._training_step()
+            self.step = self._training_step(listener)
             self._run_epochs(listener, stop)
             status = "finished"
         except KeyboardInterrupt:
@@ -507,11 +533,12 @@ class _Session:
             self._save_checkpoint()
         while position.epoch < self.config.epochs:
             meter.start_epoch(self.recorder.seconds)
-            for images, target in self.data.train_batches(position.epoch, position.batch):
+            for parts in self.data.raw_batches(position.epoch, position.batch):
                 if self.recorder.steps in snapshots:
                     self._snapshot()
                     snapshots.discard(self.recorder.steps)
-                position.sums += self._step(images, target)
+                lr = self._learning_rate(self.recorder.steps)
+                position.sums += self.step(parts, lr)
                 position.batch += 1
                 listener.iterated(meter.progress(position.epoch, self.recorder))
                 self._save_when_due(stop)
@@ -532,7 +559,7 @@ class _Session:
                 metrics.accuracy,
                 test_loss,
                 test_accuracy,
-                self.optimizer.param_groups[0]["lr"],
+                self._learning_rate(self.recorder.steps - 1),
                 metrics.seconds,
                 metrics.images_per_second,
                 metrics.recorder_seconds,
@@ -547,9 +574,8 @@ class _Session:
             self._snapshot()
         self._save_checkpoint(kept=1)
 
-    def _step(self, images: Tensor, target: Tensor) -> Tensor:
-        lr = learning_rate(self.config, self.recorder.steps, self.data.batches_per_epoch)
-        return self.step(images, target, lr)
+    def _learning_rate(self, iteration: int) -> float:
+        return learning_rate(self.config, iteration, self.data.batches_per_epoch)
 
     @torch.no_grad()
     def _evaluate(self, stop: Callable[[], bool]) -> tuple[float, float]:

@@ -116,13 +116,28 @@ class ImageData(ABC):
     def close(self) -> None:  # noqa: B027 (most data sets have nothing to end)
         """End worker processes, if there are any. Batches asked for later start new ones."""
 
-    @abstractmethod
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield an epoch's batches from batch `start` on; skipped batches are not decoded.
 
         The order depends only on (seed, epoch); an image's augmentation only on (seed, epoch,
         image). Raises DataError, naming the file, for an image that cannot be read; with
         `bad_images` skip only when no image of its class can, naming the class folder.
+        """
+        return (self.prepare(*parts) for parts in self.raw_batches(epoch, start))
+
+    @abstractmethod
+    def raw_batches(self, epoch: int, start: int = 0) -> Iterator[Sequence[Tensor]]:
+        """Yield what `prepare` makes the batches of `train_batches` from: tensors on the device.
+
+        All batches of a run have the same shapes.
+        """
+
+    @abstractmethod
+    def prepare(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images and the target of a raw batch.
+
+        It depends on `parts` alone and never waits for the device: it can be captured as a part of
+        the training step.
         """
 
     @abstractmethod

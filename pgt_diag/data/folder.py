@@ -1,6 +1,6 @@
 """ImageNet-style folders: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, decoded batch by batch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,13 +70,18 @@ class FolderData(ImageData):
         """The unreadable images met so far; see `ImageData.bad_images`."""
         return tuple(self._bad[path] for path in sorted(self._bad))
 
-    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches from batch `start` on; see `ImageData.train_batches`."""
-        return self._batches(epoch, self._train_parts(self._epoch_order(epoch), start))
+    def raw_batches(self, epoch: int, start: int = 0) -> Iterator[Sequence[Tensor]]:
+        """Yield an epoch's decoded images, uint8, and targets; see `ImageData.raw_batches`."""
+        return self._decoded(epoch, self._train_parts(self._epoch_order(epoch), start))
+
+    def prepare(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and target; see `ImageData.prepare`."""
+        images, target = parts
+        return self._normalise(images), target
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every test image once, class by class; see `ImageData.test_batches`."""
-        return self._batches(None, self._test_parts())
+        return (self.prepare(*parts) for parts in self._decoded(None, self._test_parts()))
 
     def close(self) -> None:
         """End the worker processes; see `ImageData.close`."""
@@ -88,14 +93,11 @@ class FolderData(ImageData):
             self._note(bad)
         return torch.stack([image for image, _, _ in samples])
 
-    def _batches(
-        self, epoch: int | None, parts: Iterable[Tensor]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _decoded(self, epoch: int | None, parts: Iterable[Tensor]) -> Iterator[Sequence[Tensor]]:
         requests = ((epoch, part.tolist()) for part in parts)
         for images, target, bad in self._loader.batches(requests):
             self._note(bad)
-            decoded = images.to(self.device, non_blocking=True)
-            yield self._normalise(decoded), target.to(self.device, non_blocking=True)
+            yield [each.to(self.device, non_blocking=True) for each in (images, target)]
 
     def _note(self, bad: Iterable[BadImage]) -> None:
         self._bad |= {image.path: image for image in bad}

@@ -1,6 +1,6 @@
 """Data sets that fit in memory: uint8 on the training device, augmented there in batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,15 +51,25 @@ class InMemoryData(ImageData):
         self._test = resize(raw.test_images, size).to(device)
         self._test_target = raw.test_target.to(device)
 
-    def train_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield an epoch's batches from batch `start` on; see `ImageData.train_batches`."""
-        augment = CropAndFlip(self, epoch) if self.augment is Augment.SMALL else None
-        order = self._epoch_order(epoch).to(self.device)
-        for chosen in self._train_parts(order, start):
-            images = self._train[chosen]
-            if augment:
-                images = augment(images, chosen)
-            yield self._normalise(images), self._train_target[chosen]
+    def raw_batches(self, epoch: int, start: int = 0) -> Iterator[Sequence[Tensor]]:
+        """Yield an epoch's images by their indices, with their crops and flips where there are any.
+
+        See `ImageData.raw_batches`.
+        """
+        order = self._epoch_order(epoch)
+        columns = [order]
+        if self.augment is Augment.SMALL:
+            columns += [drawn[order] for drawn in draw_crops_and_flips(self, epoch)]
+        parts = [self._train_parts(column.to(self.device), start) for column in columns]
+        return iter(list(zip(*parts, strict=True)))
+
+    def prepare(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images and target; see `ImageData.prepare`."""
+        chosen, *crop = parts
+        images = self._train[chosen]
+        if crop:
+            images = crop_and_flip(images, *crop)
+        return self._normalise(images), self._train_target[chosen]
 
     def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield every test image once, in the data set's own order."""
@@ -71,40 +81,37 @@ class InMemoryData(ImageData):
         return self._test[indices.to(self.device)].expand(-1, 3, -1, -1).cpu()
 
 
-class CropAndFlip:
-    """One epoch's augmentation of small images: a shifted crop with black borders, and a flip.
+def draw_crops_and_flips(data: ImageData, epoch: int) -> tuple[Tensor, Tensor]:
+    """Draw one epoch's augmentation, on the CPU: shifts (train_size, 2) int64, down and right from
+    the upper left corner of the image with its border, and whether to flip, (train_size,) bool.
 
     Every image of the epoch has its own draw from the start, so that a draw depends neither on
-    the batch nor on what came before. Shifts reach an eighth of the image: 4 pixels of 32.
+    the batch nor on what came before.
+    """
+    random = seeded("augment", data.seed, epoch)
+    choices = 2 * small_padding(data.image_size) + 1
+    shifts = torch.randint(choices, (data.train_size, 2), generator=random)
+    return shifts, torch.randint(2, (data.train_size,), generator=random).bool()
+
+
+def crop_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Crop images (B, C, S, S) uint8 out of a black border, and flip some; see the draws above.
+
+    Shifts reach an eighth of the image: 4 pixels of 32.
 
     Source: He et al. 2016, arXiv 1512.03385, Section 4.2.
     """
-
-    def __init__(self, data: ImageData, epoch: int) -> None:
-        self._padding = small_padding(data.image_size)
-        random = seeded("augment", data.seed, epoch)
-        choices = 2 * self._padding + 1
-        shifts = torch.randint(choices, (data.train_size, 2), generator=random)
-        flips = torch.randint(2, (data.train_size,), generator=random)
-        self._shifts = shifts.to(data.device)
-        self._flips = flips.bool().to(data.device)
-        self._pixels = torch.arange(data.image_size, device=data.device)
-        self._images = torch.arange(data.batch_size, device=data.device)
-
-    def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Augment images (B, C, S, S) uint8, which are the data set's `indices` (B,)."""
-        shifts = self._shifts[indices]
-        flips = self._flips[indices, None]
-        columns = torch.where(flips, self._pixels.flip(0), self._pixels) + shifts[:, 1:]
-        rows = self._pixels + shifts[:, :1]
-        channels = torch.arange(images.shape[1], device=images.device)
-        padded = F.pad(images, (self._padding,) * 4)
-        return padded[
-            self._images[: len(images), None, None, None],
-            channels[:, None, None],
-            rows[:, None, :, None],
-            columns[:, None, None, :],
-        ]
+    count, channels, size = images.shape[:3]
+    pixels = torch.arange(size, device=images.device)
+    columns = torch.where(flips[:, None], pixels.flip(0), pixels) + shifts[:, 1:]
+    rows = pixels + shifts[:, :1]
+    padded = F.pad(images, (small_padding(size),) * 4)
+    return padded[
+        torch.arange(count, device=images.device)[:, None, None, None],
+        torch.arange(channels, device=images.device)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
 
 
 def small_padding(image_size: int) -> int:
