@@ -5,15 +5,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2 as transforms
 
 from pgt_diag.config import Augment, RunConfig
 from pgt_diag.data.base import BadImage, Facts, ImageData, chosen_augmentation, random_number
 from pgt_diag.data.images import ImageFiles, readable
 from pgt_diag.data.listing import list_splits
 from pgt_diag.data.loading import BatchLoader, Sample
-from pgt_diag.data.memory import small_padding
 from pgt_diag.data.sources import data_folder
+from pgt_diag.data.views import View, training_view
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 
@@ -26,9 +25,10 @@ class FolderData(ImageData):
 
     Classes and files are those of torchvision's `ImageFolder`, in its order. The test images come
     from `val`, or from `test` where there is no `val`. Images become RGB as Pillow converts them
-    (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. Augmentation small
-    crops and flips as for the in-memory data sets, after the resize and centre crop that test
-    images get. Normalised by ImageNet's constants.
+    (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. They are resized as
+    uint8 tensors by torchvision's v2 transforms, antialiased. Augmentation small crops and flips as
+    for the in-memory data sets, after the resize and centre crop that test images get. Normalised
+    by ImageNet's constants.
 
     With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
     its class and split, cropped and flipped as the image it replaces would have been: where both
@@ -45,8 +45,8 @@ class FolderData(ImageData):
         self._images = _Images(
             ImageFiles(train, config.bad_images),
             ImageFiles(test, config.bad_images),
-            training_transform(chosen_augmentation(config), size),
-            plain_transform(size),
+            chosen_augmentation(config),
+            size,
             config.seed,
         )
         self._loader = BatchLoader(
@@ -107,46 +107,22 @@ class _Images:
 
     train: ImageFiles
     test: ImageFiles
-    augmentation: transforms.Transform
-    plain: transforms.Transform
+    augment: Augment
+    size: int
     seed: int
 
     def load(self, epoch: int | None, index: int) -> Sample:
-        """Return image `index` of an epoch (None: of the test set), (3, S, S) uint8."""
-        files = self.test if epoch is None else self.train
-        image, bad = files.read(index)
-        target = files.split.target[index]
+        """Return image `index` of an epoch (None: of the test set), (3, size, size) uint8."""
+        files = self._files(epoch)
+        picture, bad = files.read(index)
+        view = self._view(epoch, index, picture.size)
+        return view.of_picture(picture), files.split.target[index], bad
+
+    def _files(self, epoch: int | None) -> ImageFiles:
+        return self.test if epoch is None else self.train
+
+    def _view(self, epoch: int | None, index: int, image: tuple[int, int]) -> View:
         if epoch is None:
-            return self.plain(image), target, bad
-        # torchvision draws from torch's global generator, which belongs to the training loop.
-        with torch.random.fork_rng(devices=[]):
-            key = random_number("augment", self.seed, epoch, index)
-            torch.default_generator.manual_seed(key)
-            return self.augmentation(image), target, bad
-
-
-def training_transform(augment: Augment, size: int) -> transforms.Transform:
-    """Return the training transform from a PIL image to (3, size, size) uint8.
-
-    Source: the paper's code, as FACTS has it: crops of 0.08 to 1 of the area at ratios from 3/4 to
-    4/3, and horizontal flips; no colour jitter.
-    """
-    if augment is Augment.NONE:
-        return plain_transform(size)
-    if augment is Augment.SMALL:
-        crop = [plain_transform(size), transforms.RandomCrop(size, padding=small_padding(size))]
-    else:
-        crop = [
-            transforms.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)),
-            transforms.PILToTensor(),
-        ]
-    return transforms.Compose([*crop, transforms.RandomHorizontalFlip()])
-
-
-def plain_transform(size: int) -> transforms.Transform:
-    """Return the test transform from a PIL image to (3, size, size) uint8.
-
-    Resize and centre crop in the proportion 256 to 224.
-    """
-    resized = transforms.Resize(round(size * 256 / 224))
-    return transforms.Compose([resized, transforms.CenterCrop(size), transforms.PILToTensor()])
+            return View(self.size)
+        key = random_number("augment", self.seed, epoch, index)
+        return training_view(self.augment, self.size, image, key)

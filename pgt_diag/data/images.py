@@ -109,7 +109,8 @@ def _decode(path: str) -> Image.Image:
         if max(image.size) > _NARROWEST * min(image.size):
             # Its shorter side is resized to a fixed length: the longer one would fill the memory.
             raise ValueError(f"{image.width}×{image.height} pixels are too narrow")
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def readable(name: str) -> str:
