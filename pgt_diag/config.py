@@ -162,7 +162,7 @@ class RunConfig:
     augment: Augment = Augment.AUTO
     synthetic_images: int = 512
     synthetic_classes: int = 10
-    workers: int = 0
+    workers: int | None = None
     bad_images: BadImages = BadImages.ERROR
 
     model: str = "resnet18"
@@ -511,7 +511,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "lr": 0.4,
         "warmup_epochs": 5.0,
         "warmup_lr": 4e-4,
-        "workers": 8,
     },
 }
 
