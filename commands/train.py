@@ -20,6 +20,7 @@ from pgt_diag.config import (
     BadImages,
     BatchPer,
     DatasetName,
+    Decode,
     Device,
     LrRule,
     LrUpdate,
@@ -120,6 +121,7 @@ def train(
     bad_images: BadImages = _option(
         "bad_images", "Unreadable images: stop, or use the next of the class.", DATA
     ),
+    decode: Decode = _option("decode", "Where JPEGs of an image folder are decoded.", DATA),
     model: str = _option(
         "model", "Any torchvision classification model, or timm's as timm/NAME.", MODEL
     ),

@@ -115,6 +115,13 @@ class BadImages(StrEnum):
     SKIP = "skip"
 
 
+class Decode(StrEnum):
+    """Where JPEGs of a folder are decoded, cropped and resized: by the loader, or on the GPU."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
 class BatchPer(StrEnum):
     """What a batch size counts the images of: all processes together, or each."""
 
@@ -164,6 +171,7 @@ class RunConfig:
     synthetic_classes: int = 10
     workers: int | None = None
     bad_images: BadImages = BadImages.ERROR
+    decode: Decode = Decode.CPU
 
     model: str = "resnet18"
     norm: Norm = Norm.NONE
@@ -415,6 +423,10 @@ def _check(config: RunConfig) -> None:
         raise ConfigurationError("momentum is 1.0; it must be less than 1")
     if config.device is Device.CPU and config.amp in (Amp.BF16, Amp.FP16):
         raise ConfigurationError(f"amp is {config.amp} and device is cpu; {config.amp} needs a GPU")
+    if config.decode is Decode.GPU and config.dataset is not DatasetName.IMAGEFOLDER:
+        raise ConfigurationError(
+            f"decode is gpu and dataset is {config.dataset}; only imagefolder has files to decode"
+        )
 
 
 def _check_learning_rate(config: RunConfig) -> None:

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pgt_diag.config import Augment, RunConfig
+from pgt_diag.config import Augment, Decode, RunConfig
 from pgt_diag.data.base import BadImage, Facts, ImageData, chosen_augmentation, random_number
-from pgt_diag.data.images import ImageFiles, readable
+from pgt_diag.data.decoding import BatchDecoder, Encoded
+from pgt_diag.data.images import ImageFiles, Jpeg, readable
 from pgt_diag.data.listing import list_splits
-from pgt_diag.data.loading import BatchLoader, Sample
+from pgt_diag.data.loading import BatchLoader, Request, Sample
 from pgt_diag.data.sources import data_folder
+from pgt_diag.data.streams import SideStream, ahead
 from pgt_diag.data.views import View, training_view
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
@@ -21,7 +24,11 @@ _IMAGENET_SIZE = 224
 
 
 class FolderData(ImageData):
-    """An ImageNet-style folder, decoded by `config.workers` processes (0: by this one).
+    """An ImageNet-style folder, read by `config.workers` processes (0: by this one).
+
+    Those also decode, crop and resize its images. With `decode` gpu, `device` does that instead,
+    batch by batch, for JPEGs that are not out of the ordinary: the same parts of the same images,
+    but by other code, so that pixels differ slightly. Sample images are the same either way.
 
     Classes and files are those of torchvision's `ImageFolder`, in its order. The test images come
     from `val`, or from `test` where there is no `val`. Images become RGB as Pillow converts them
@@ -49,9 +56,16 @@ class FolderData(ImageData):
             size,
             config.seed,
         )
-        self._loader = BatchLoader(
-            self._images.load, config.workers, pin_memory=device.type == "cuda"
-        )
+        self._decode = config.decode
+        pin_memory = device.type == "cuda"
+        if self._decode is Decode.GPU:
+            self._decoder = BatchDecoder(device, size, self._images.load)
+            self._loader = BatchLoader(
+                self._images.load_encoded, config.workers, join=Encoded.join, pin_memory=pin_memory
+            )
+        else:
+            self._upload = SideStream(device)
+            self._loader = BatchLoader(self._images.load, config.workers, pin_memory=pin_memory)
         self._bad: dict[str, BadImage] = {}
         facts = Facts(
             tuple(readable(name) for name in train.classes),
@@ -78,6 +92,10 @@ class FolderData(ImageData):
         """Yield every test image once, class by class; see `ImageData.test_batches`."""
         return self._batches(None, self._test_parts())
 
+    def description(self) -> dict[str, Any]:
+        """Return what a run directory should say of its data; see `ImageData.description`."""
+        return {**super().description(), "decode": self._decode.value}
+
     def close(self) -> None:
         """End the worker processes; see `ImageData.close`."""
         self._loader.close()
@@ -92,10 +110,24 @@ class FolderData(ImageData):
         self, epoch: int | None, parts: Iterable[Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         requests = ((epoch, part.tolist()) for part in parts)
-        for images, target, bad in self._loader.batches(requests):
+        for images, target, bad in self._on_device(requests):
             self._note(bad)
-            decoded = images.to(self.device, non_blocking=True)
-            yield self._normalise(decoded), target.to(self.device, non_blocking=True)
+            yield self._normalise(images), target.to(self.device, non_blocking=True)
+
+    def _on_device(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Yield batches whose images, (B, 3, S, S) uint8, are on the device."""
+        if self._decode is Decode.GPU:
+            for (images, target, bad), made in ahead(self._decoder, self._loader.batches(requests)):
+                yield self._decoder.stream.hand_over(images, made), target, bad
+            return
+        for images, target, bad in self._loader.batches(requests):
+            # Beside the iteration that the GPU is still at. As bytes: what the network is given
+            # has its channels last, and float32 would take four times as long to turn round.
+            with self._upload.used():
+                moved = images.to(self.device, non_blocking=True)
+                if moved.is_cuda:
+                    moved = moved.contiguous(memory_format=torch.channels_last)
+            yield self._upload.hand_over(moved, self._upload.mark()), target, bad
 
     def _note(self, bad: Iterable[BadImage]) -> None:
         self._bad |= {image.path: image for image in bad}
@@ -117,6 +149,17 @@ class _Images:
         picture, bad = files.read(index)
         view = self._view(epoch, index, picture.size)
         return view.of_picture(picture), files.split.target[index], bad
+
+    def load_encoded(self, epoch: int | None, index: int) -> Sample:
+        """Do as `load`, but return `Encoded`: not decoded where a GPU can do it as well."""
+        files = self._files(epoch)
+        image, bad = files.read_encoded(index)
+        view = self._view(epoch, index, image.size)
+        if isinstance(image, Jpeg):
+            encoded = Encoded.jpeg(epoch, index, image, view)
+        else:
+            encoded = Encoded.pixels(epoch, index, view.of_picture(image))
+        return encoded, files.split.target[index], bad
 
     def _files(self, epoch: int | None) -> ImageFiles:
         return self.test if epoch is None else self.train
