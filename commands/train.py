@@ -21,6 +21,7 @@ from pgt_diag.config import (
     BatchPer,
     CudaGraph,
     DatasetName,
+    Decode,
     Device,
     LrRule,
     LrUpdate,
@@ -115,10 +116,13 @@ def train(
     augment: Augment = _option("augment", "Augmentation; auto chooses by data set.", DATA),
     synthetic_images: int = _option("synthetic_images", "Images in 'synthetic'.", DATA),
     synthetic_classes: int = _option("synthetic_classes", "Classes in 'synthetic'.", DATA),
-    workers: int = _option("workers", "Processes that read an image folder.", DATA),
+    workers: int | None = _option(
+        "workers", "Processes that read an image folder; by default one a CPU, at most 16.", DATA
+    ),
     bad_images: BadImages = _option(
         "bad_images", "Unreadable images: stop, or use the next of the class.", DATA
     ),
+    decode: Decode = _option("decode", "Where JPEGs of an image folder are decoded.", DATA),
     model: str = _option(
         "model", "Any torchvision classification model, or timm's as timm/NAME.", MODEL
     ),

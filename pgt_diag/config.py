@@ -115,6 +115,13 @@ class BadImages(StrEnum):
     SKIP = "skip"
 
 
+class Decode(StrEnum):
+    """Where JPEGs of a folder are decoded, cropped and resized: by the loader, or on the GPU."""
+
+    CPU = "cpu"
+    GPU = "gpu"
+
+
 class BatchPer(StrEnum):
     """What a batch size counts the images of: all processes together, or each."""
 
@@ -170,8 +177,9 @@ class RunConfig:
     augment: Augment = Augment.AUTO
     synthetic_images: int = 512
     synthetic_classes: int = 10
-    workers: int = 0
+    workers: int | None = None
     bad_images: BadImages = BadImages.ERROR
+    decode: Decode = Decode.CPU
 
     model: str = "resnet18"
     norm: Norm = Norm.NONE
@@ -422,9 +430,18 @@ def _check(config: RunConfig) -> None:
         )
     if config.momentum == 1:
         raise ConfigurationError("momentum is 1.0; it must be less than 1")
-    if config.device is Device.CPU and config.amp in (Amp.BF16, Amp.FP16):
+    if config.device is Device.CPU:
+        _check_cpu(config)
+    if config.decode is Decode.GPU and config.dataset is not DatasetName.IMAGEFOLDER:
+        raise ConfigurationError(
+            f"decode is gpu and dataset is {config.dataset}; only imagefolder has files to decode"
+        )
+
+
+def _check_cpu(config: RunConfig) -> None:
+    if config.amp in (Amp.BF16, Amp.FP16):
         raise ConfigurationError(f"amp is {config.amp} and device is cpu; {config.amp} needs a GPU")
-    if config.device is Device.CPU and config.cuda_graph is CudaGraph.ON:
+    if config.cuda_graph is CudaGraph.ON:
         raise ConfigurationError("cuda_graph is on and device is cpu; use auto or off")
 
 
@@ -522,7 +539,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "lr": 0.4,
         "warmup_epochs": 5.0,
         "warmup_lr": 4e-4,
-        "workers": 8,
     },
 }
 

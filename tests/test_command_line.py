@@ -195,6 +195,11 @@ MISTAKES = {
     "name and directory": (["train", "--name=a", "--run-dir=b"], 2, "--run-dir and --name"),
     "a name that is a path": (["train", "--name=../a"], 2, "plain name"),
     "GPU asked for and absent": (["train", "--device=cuda"], 2, "no CUDA GPU"),
+    "decoding on a GPU that is absent": (
+        [*FOLDER, "--data=one", "--decode=gpu"],
+        2,
+        "decode is gpu, .* device is cpu: it needs a CUDA GPU",
+    ),
     "batch larger than the data": (["train", *TINY, "--batch-size=65"], 2, "65.*64"),
     "missing folder": ([*FOLDER, "--data=nowhere"], 3, "nowhere"),
     "empty folder": ([*FOLDER, "--data=empty"], 3, "empty"),

@@ -26,6 +26,7 @@ from pgt_diag.errors import ConfigurationError
         ({"step_epochs": [60, 30]}, "step_epochs is .* increase"),
         ({"step_epochs": "30"}, "step_epochs is '30'; it must be a list of integers"),
         ({"device": "cpu", "amp": "bf16"}, "bf16 needs a GPU"),
+        ({"decode": "gpu"}, "decode is gpu and dataset is digits; only imagefolder has files"),
         ({"momentum": 0.0}, "nesterov is on and momentum is 0"),
         ({"cooldown_epochs": 5}, "cooldown_epochs is 5 and min_lr is 0: .*set min_lr"),
         (

@@ -80,7 +80,7 @@ def root(pristine, tmp_path):
 
 
 def open_folder(root, bad_images=BadImages.SKIP, **options):
-    options = {"batch_size": BATCH, "image_size": 32, **options}
+    options = {"batch_size": BATCH, "image_size": 32, "workers": 0, **options}
     return load_data(
         RunConfig(dataset=DatasetName.IMAGEFOLDER, data=str(root), bad_images=bad_images, **options)
     )
@@ -92,7 +92,7 @@ def reference(root, split, bad, epoch=None):
     if epoch is not None:
         crop = [v2.RandomResizedCrop(32, (0.08, 1), (3 / 4, 4 / 3))]
     flip = v2.RandomHorizontalFlip() if epoch is not None else v2.Identity()
-    transform = v2.Compose([*crop, v2.PILToTensor(), flip])
+    transform = v2.Compose([v2.PILToTensor(), *crop, flip])
     folder = torchvision.datasets.ImageFolder(root / split)
     images = []
     for index, (path, _) in enumerate(folder.samples):

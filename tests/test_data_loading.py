@@ -84,6 +84,21 @@ def assert_same(one, two):
         assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True))
 
 
+# How many
+
+
+@pytest.mark.parametrize(
+    ("cpus", "beside", "expected"), [(1, 1, 1), (6, 1, 6), (64, 1, 16), (64, 8, 8), (2, 4, 1)]
+)
+def test_by_default_there_is_a_process_for_each_cpu_of_this_one(
+    root, monkeypatch, cpus, beside, expected
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
+    assert open_folder(root, workers=None)._loader.workers == expected
+    assert open_folder(root, workers=0)._loader.workers == 0
+
+
 # Kept between epochs
 
 

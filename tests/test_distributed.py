@@ -36,6 +36,7 @@ FOLDER: dict[str, Any] = {
     "image_size": 8,
     "augment": "none",
     "bad_images": "skip",
+    "workers": 0,
     "batch_size": 6,
     "epochs": 1,
 }

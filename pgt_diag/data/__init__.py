@@ -2,7 +2,7 @@
 
 import torch
 
-from pgt_diag.config import DatasetName, RunConfig
+from pgt_diag.config import DatasetName, Decode, RunConfig
 from pgt_diag.data.base import BadImage, ImageData
 from pgt_diag.data.folder import FolderData
 from pgt_diag.data.memory import InMemoryData
@@ -36,4 +36,8 @@ def load_data(
         return InMemoryData(config, device, read_images(config, download=download), shard)
     if download:
         raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
+    if config.decode is Decode.GPU and device.type != "cuda":
+        raise ConfigurationError(
+            f"decode is gpu, and the training device is {device}: it needs a CUDA GPU; use cpu"
+        )
     return FolderData(config, device, shard)

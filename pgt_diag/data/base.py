@@ -205,7 +205,7 @@ class ImageData(ABC):
 
     def _normalise(self, images: Tensor) -> Tensor:
         """Turn uint8 (B, 3, S, S) or gray (B, 1, S, S) into normalised float32 (B, 3, S, S)."""
-        return (images - self._mean) / self._std
+        return (images - self._mean).div_(self._std)
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:

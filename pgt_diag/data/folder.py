@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2 as transforms
 
-from pgt_diag.config import Augment, RunConfig
+from pgt_diag.config import Augment, Decode, RunConfig
 from pgt_diag.data.base import BadImage, Facts, ImageData, chosen_augmentation, random_number
-from pgt_diag.data.images import ImageFiles, readable
+from pgt_diag.data.decoding import BatchDecoder, Encoded
+from pgt_diag.data.images import ImageFiles, Jpeg, readable
 from pgt_diag.data.listing import list_splits
-from pgt_diag.data.loading import BatchLoader, Sample
-from pgt_diag.data.memory import small_padding
+from pgt_diag.data.loading import BatchLoader, Request, Sample
 from pgt_diag.data.sources import data_folder
+from pgt_diag.data.streams import SideStream, ahead
+from pgt_diag.data.views import View, training_view
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 
@@ -22,13 +24,18 @@ _IMAGENET_SIZE = 224
 
 
 class FolderData(ImageData):
-    """An ImageNet-style folder, decoded by `config.workers` processes (0: by this one).
+    """An ImageNet-style folder, read by `config.workers` processes (0: by this one).
+
+    Those also decode, crop and resize its images. With `decode` gpu, `device` does that instead,
+    batch by batch, for JPEGs that are not out of the ordinary: the same parts of the same images,
+    but by other code, so that pixels differ slightly. Sample images are the same either way.
 
     Classes and files are those of torchvision's `ImageFolder`, in its order. The test images come
     from `val`, or from `test` where there is no `val`. Images become RGB as Pillow converts them
-    (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. Augmentation small
-    crops and flips as for the in-memory data sets, after the resize and centre crop that test
-    images get. Normalised by ImageNet's constants.
+    (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. They are resized as
+    uint8 tensors by torchvision's v2 transforms, antialiased. Augmentation small crops and flips as
+    for the in-memory data sets, after the resize and centre crop that test images get. Normalised
+    by ImageNet's constants.
 
     With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
     its class and split, cropped and flipped as the image it replaces would have been: where both
@@ -45,13 +52,20 @@ class FolderData(ImageData):
         self._images = _Images(
             ImageFiles(train, config.bad_images),
             ImageFiles(test, config.bad_images),
-            training_transform(chosen_augmentation(config), size),
-            plain_transform(size),
+            chosen_augmentation(config),
+            size,
             config.seed,
         )
-        self._loader = BatchLoader(
-            self._images.load, config.workers, pin_memory=device.type == "cuda"
-        )
+        self._decode = config.decode
+        pin_memory = device.type == "cuda"
+        if self._decode is Decode.GPU:
+            self._decoder = BatchDecoder(device, size, self._images.load)
+            self._loader = BatchLoader(
+                self._images.load_encoded, config.workers, join=Encoded.join, pin_memory=pin_memory
+            )
+        else:
+            self._upload = SideStream(device)
+            self._loader = BatchLoader(self._images.load, config.workers, pin_memory=pin_memory)
         self._bad: dict[str, BadImage] = {}
         facts = Facts(
             tuple(readable(name) for name in train.classes),
@@ -83,6 +97,10 @@ class FolderData(ImageData):
         """Yield every test image once, class by class; see `ImageData.test_batches`."""
         return (self.prepare(*parts) for parts in self._decoded(None, self._test_parts()))
 
+    def description(self) -> dict[str, Any]:
+        """Return what a run directory should say of its data; see `ImageData.description`."""
+        return {**super().description(), "decode": self._decode.value}
+
     def close(self) -> None:
         """End the worker processes; see `ImageData.close`."""
         self._loader.close()
@@ -95,9 +113,24 @@ class FolderData(ImageData):
 
     def _decoded(self, epoch: int | None, parts: Iterable[Tensor]) -> Iterator[Sequence[Tensor]]:
         requests = ((epoch, part.tolist()) for part in parts)
-        for images, target, bad in self._loader.batches(requests):
+        for images, target, bad in self._on_device(requests):
             self._note(bad)
-            yield [each.to(self.device, non_blocking=True) for each in (images, target)]
+            yield images, target.to(self.device, non_blocking=True)
+
+    def _on_device(self, requests: Iterable[Request]) -> Iterator[Sample]:
+        """Yield batches whose images, (B, 3, S, S) uint8, are on the device."""
+        if self._decode is Decode.GPU:
+            for (images, target, bad), made in ahead(self._decoder, self._loader.batches(requests)):
+                yield self._decoder.stream.hand_over(images, made), target, bad
+            return
+        for images, target, bad in self._loader.batches(requests):
+            # Beside the iteration that the GPU is still at. As bytes: what the network is given
+            # has its channels last, and float32 would take four times as long to turn round.
+            with self._upload.used():
+                moved = images.to(self.device, non_blocking=True)
+                if moved.is_cuda:
+                    moved = moved.contiguous(memory_format=torch.channels_last)
+            yield self._upload.hand_over(moved, self._upload.mark()), target, bad
 
     def _note(self, bad: Iterable[BadImage]) -> None:
         self._bad |= {image.path: image for image in bad}
@@ -109,46 +142,33 @@ class _Images:
 
     train: ImageFiles
     test: ImageFiles
-    augmentation: transforms.Transform
-    plain: transforms.Transform
+    augment: Augment
+    size: int
     seed: int
 
     def load(self, epoch: int | None, index: int) -> Sample:
-        """Return image `index` of an epoch (None: of the test set), (3, S, S) uint8."""
-        files = self.test if epoch is None else self.train
-        image, bad = files.read(index)
-        target = files.split.target[index]
+        """Return image `index` of an epoch (None: of the test set), (3, size, size) uint8."""
+        files = self._files(epoch)
+        picture, bad = files.read(index)
+        view = self._view(epoch, index, picture.size)
+        return view.of_picture(picture), files.split.target[index], bad
+
+    def load_encoded(self, epoch: int | None, index: int) -> Sample:
+        """Do as `load`, but return `Encoded`: not decoded where a GPU can do it as well."""
+        files = self._files(epoch)
+        image, bad = files.read_encoded(index)
+        view = self._view(epoch, index, image.size)
+        if isinstance(image, Jpeg):
+            encoded = Encoded.jpeg(epoch, index, image, view)
+        else:
+            encoded = Encoded.pixels(epoch, index, view.of_picture(image))
+        return encoded, files.split.target[index], bad
+
+    def _files(self, epoch: int | None) -> ImageFiles:
+        return self.test if epoch is None else self.train
+
+    def _view(self, epoch: int | None, index: int, image: tuple[int, int]) -> View:
         if epoch is None:
-            return self.plain(image), target, bad
-        # torchvision draws from torch's global generator, which belongs to the training loop.
-        with torch.random.fork_rng(devices=[]):
-            key = random_number("augment", self.seed, epoch, index)
-            torch.default_generator.manual_seed(key)
-            return self.augmentation(image), target, bad
-
-
-def training_transform(augment: Augment, size: int) -> transforms.Transform:
-    """Return the training transform from a PIL image to (3, size, size) uint8.
-
-    Source: the paper's code, as FACTS has it: crops of 0.08 to 1 of the area at ratios from 3/4 to
-    4/3, and horizontal flips; no colour jitter.
-    """
-    if augment is Augment.NONE:
-        return plain_transform(size)
-    if augment is Augment.SMALL:
-        crop = [plain_transform(size), transforms.RandomCrop(size, padding=small_padding(size))]
-    else:
-        crop = [
-            transforms.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3)),
-            transforms.PILToTensor(),
-        ]
-    return transforms.Compose([*crop, transforms.RandomHorizontalFlip()])
-
-
-def plain_transform(size: int) -> transforms.Transform:
-    """Return the test transform from a PIL image to (3, size, size) uint8.
-
-    Resize and centre crop in the proportion 256 to 224.
-    """
-    resized = transforms.Resize(round(size * 256 / 224))
-    return transforms.Compose([resized, transforms.CenterCrop(size), transforms.PILToTensor()])
+            return View(self.size)
+        key = random_number("augment", self.seed, epoch, index)
+        return training_view(self.augment, self.size, image, key)

@@ -1,12 +1,15 @@
 """Image files: how one is decoded, and which one stands in for another that cannot be."""
 
+import io
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from pgt_diag.config import BadImages
 from pgt_diag.data.base import BadImage
@@ -17,6 +20,8 @@ from pgt_diag.errors import DataError
 # would hand PostScript to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _NARROWEST = 100
+_END_OF_IMAGE = b"\xff\xd9"
+_RGB_COMPONENTS = [ord(letter) for letter in "RGB"]
 
 
 class UnreadableImageError(DataError):
@@ -29,8 +34,16 @@ class UnreadableImageError(DataError):
         self.reason = reason
 
 
+@dataclass(frozen=True)
+class Jpeg:
+    """An image still to be decoded: its file's bytes (N,) uint8, and (width, height) in pixels."""
+
+    content: Tensor
+    size: tuple[int, int]
+
+
 class ImageFiles:
-    """The images of one split, decoded one at a time; every worker process has a copy.
+    """The images of one split, read one at a time; every worker process has a copy.
 
     With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
     its class, in listing order and after the last the first. What replaces it depends on the files
@@ -48,9 +61,23 @@ class ImageFiles:
         Raises DataError, naming the file, when it cannot be read; with skip only when nothing in
         its class can, naming the folder.
         """
+        image, bad = self._read(index, encoded=False)
+        assert isinstance(image, Image.Image)
+        return image, bad
+
+    def read_encoded(self, index: int) -> tuple[Image.Image | Jpeg, tuple[BadImage, ...]]:
+        """Do as `read`, but leave to the caller to decode what `read_jpeg` returns.
+
+        Damage that only decoding shows is then met by the caller, who asks `read` about it.
+        """
+        return self._read(index, encoded=True)
+
+    def _read(
+        self, index: int, *, encoded: bool
+    ) -> tuple[Image.Image | Jpeg, tuple[BadImage, ...]]:
         bad: list[int] = []
         for candidate in self._class_from(index):
-            image = self._try(candidate)
+            image = self._try(candidate, encoded=encoded)
             if image is not None:
                 used = self._shown(candidate)
                 return image, tuple(BadImage(self._shown(i), used, self._reasons[i]) for i in bad)
@@ -62,11 +89,12 @@ class ImageFiles:
             "restore the folder or remove the class"
         )
 
-    def _try(self, index: int) -> Image.Image | None:
+    def _try(self, index: int, *, encoded: bool) -> Image.Image | Jpeg | None:
         if index in self._reasons:
             return None
+        path = self.split.paths[index]
         try:
-            return decode(self.split.paths[index])
+            return (read_jpeg(path) if encoded else None) or decode(path)
         except UnreadableImageError as error:
             if not self._skip:
                 raise
@@ -102,14 +130,60 @@ def decode(path: str) -> Image.Image:
     raise UnreadableImageError(path, " ".join(detail.split()))
 
 
+def read_jpeg(path: str) -> Jpeg | None:
+    """Return a JPEG that other decoders than Pillow's read as it does, and to its end.
+
+    None for every other file, which `decode` then reads, or says what is wrong with: another
+    format, CMYK, colours stored as RGB, several images, the end missing.
+    """
+    try:
+        with _open_plain(path) as file, Image.open(file, formats=("JPEG",)) as image:
+            _check_shape(image)
+            if not _is_common(image) or os.fstat(file.fileno()).st_size > _most_bytes(image):
+                return None
+            file.seek(0)
+            content = bytearray(file.read())
+            size = image.size
+    except Exception:  # whatever it is, `decode` meets it again and names it
+        return None
+    if not content.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        return None
+    return Jpeg(torch.frombuffer(content, dtype=torch.uint8), size)
+
+
+def _is_common(image: Image.Image) -> bool:
+    """Whether a JPEG, its header read, is a single gray or YCbCr image."""
+    components = [component for component, *_ in getattr(image, "layer", ())]
+    return (
+        image.format == "JPEG"
+        and image.mode in ("L", "RGB")
+        and components != _RGB_COMPONENTS
+        and image.info.get("adobe_transform") != 0
+    )
+
+
+def _most_bytes(image: Image.Image) -> int:
+    """Return more bytes than a file of so many pixels has: memory is not for what it may hide."""
+    return 3 * image.width * image.height + (1 << 20)
+
+
 def _decode(path: str) -> Image.Image:
+    with _open_plain(path) as file, Image.open(file, formats=_FORMATS) as image:
+        _check_shape(image)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _open_plain(path: str) -> io.BufferedReader:
     if not stat.S_ISREG(Path(path).stat().st_mode):  # reading a pipe would wait for ever
         raise ValueError("not a plain file")
-    with Image.open(path, formats=_FORMATS) as image:
-        if max(image.size) > _NARROWEST * min(image.size):
-            # Its shorter side is resized to a fixed length: the longer one would fill the memory.
-            raise ValueError(f"{image.width}×{image.height} pixels are too narrow")
-        return image.convert("RGB")
+    return Path(path).open("rb")
+
+
+def _check_shape(image: Image.Image) -> None:
+    if max(image.size) > _NARROWEST * min(image.size):
+        # Its shorter side is resized to a fixed length: the longer one would fill the memory.
+        raise ValueError(f"{image.width}×{image.height} pixels are too narrow")
 
 
 def readable(name: str) -> str:

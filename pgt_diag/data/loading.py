@@ -17,8 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 from pgt_diag.data.base import BadImage
 from pgt_diag.errors import DataError
 
-Sample = tuple[Tensor, Tensor, Iterable[BadImage]]
+Sample = tuple[Any, Tensor, Iterable[BadImage]]
 """Images, targets and the bad images that were replaced: of one image or of a batch."""
+
+Load = Callable[[int | None, int], Sample]
+Join = Callable[[tuple[Any, ...]], Any]
+
+_MOST_WORKERS = 16
 
 Request = tuple[int | None, list[int]]
 """What makes a batch: the epoch (None: test images) and the images' indices."""
@@ -27,16 +32,19 @@ Request = tuple[int | None, list[int]]
 class BatchLoader:
     """Makes batches in `workers` processes (0: in this one), always in the order asked for.
 
-    `load(epoch, index)` makes one sample; it has to be picklable and to depend on nothing else.
+    `load(epoch, index)` makes one sample, and `join` the images of a batch from those of its
+    samples; they have to be picklable and to depend on nothing else. By default there is a process
+    for each CPU that this one may use, shared with those that train beside it, and at most 16.
     Processes are started for the first batches and kept for the next epoch. When batches are
     abandoned half-way their processes end at once.
     """
 
     def __init__(
-        self, load: Callable[[int | None, int], Sample], workers: int, *, pin_memory: bool
+        self, load: Load, workers: int | None, *, join: Join = torch.stack, pin_memory: bool
     ) -> None:
         self._load = load
-        self._workers = workers
+        self._join = join
+        self.workers = _default_workers() if workers is None else workers
         self._pin_memory = pin_memory
         self._idle: _Pool | None = None
 
@@ -47,7 +55,7 @@ class BatchLoader:
         """
         # Batches may be asked for while others are still being made: those have their own pool.
         pool, self._idle = self._idle, None
-        pool = pool or _Pool(self._load, self._workers, pin_memory=self._pin_memory)
+        pool = pool or _Pool(self._load, self._join, self.workers, pin_memory=self._pin_memory)
         finished = False
         try:
             yield from pool.batches(requests)
@@ -65,17 +73,23 @@ class BatchLoader:
             pool.stop()
 
 
+def _default_workers() -> int:
+    # More than the CPUs only get in each other's way, and in that of training.
+    may_use = getattr(os, "sched_getaffinity", None)
+    cpus = len(may_use(0)) if may_use else os.cpu_count() or 1
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(_MOST_WORKERS, cpus // beside))
+
+
 class _Pool:
     """One torch loader and its processes."""
 
-    def __init__(
-        self, load: Callable[[int | None, int], Sample], workers: int, *, pin_memory: bool
-    ) -> None:
+    def __init__(self, load: Load, join: Join, workers: int, *, pin_memory: bool) -> None:
         self._requests = _Requests()
         self._stopped = RawValue(ctypes.c_bool, False)
         self._started = False
         self._loader: DataLoader[Any] | None = DataLoader(
-            _Batches(load, self._stopped),
+            _Batches(load, join, self._stopped),
             batch_size=None,  # a request makes a whole batch
             sampler=self._requests,
             num_workers=workers,
@@ -132,7 +146,8 @@ class _Failure:
 class _Batches(Dataset[Any]):
     """What every process has a copy of; `stopped` is shared between them."""
 
-    load: Callable[[int | None, int], Sample]
+    load: Load
+    join: Join
     stopped: Any
 
     def __getitem__(self, request: Request) -> Sample | _Failure:
@@ -146,7 +161,7 @@ class _Batches(Dataset[Any]):
             except DataError as error:
                 return _Failure(str(error))
         images, targets, bad = zip(*samples, strict=True)
-        return torch.stack(images), torch.stack(targets), [each for some in bad for each in some]
+        return self.join(images), torch.stack(targets), [each for some in bad for each in some]
 
 
 @contextmanager

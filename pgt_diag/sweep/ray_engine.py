@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pgt_diag import storage
-from pgt_diag.config import Device
+from pgt_diag.config import DatasetName, Device
 from pgt_diag.errors import ConfigurationError, PgtDiagError
 from pgt_diag.sweep.grid import Row
 from pgt_diag.sweep.making import SweepListener, is_to_do, make_row
@@ -84,6 +84,8 @@ def make_rows_on_ray(
 _RETRIES = 3
 """How often a task is started again whose process was killed, by a full memory for example."""
 _LOOK_SECONDS = 2.0
+_LOADERS = 8
+"""CPUs that a run on an image folder is given when its number of loading processes is not."""
 _Answer = RowStatus | PgtDiagError | None
 
 
@@ -188,7 +190,10 @@ def _resources(
         wanted = row.config.device is not Device.CPU and have.get("GPU", 0) >= 1
         gpus = processes if wanted else 0
     if cpus is None:
-        cpus = min(processes * max(1, row.config.workers), have.get("CPU", 1))
+        workers = row.config.workers
+        if workers is None:
+            workers = _LOADERS if row.config.dataset is DatasetName.IMAGEFOLDER else 0
+        cpus = min(processes * max(1, workers), have.get("CPU", 1))
     for name, asked in (("CPU", cpus), ("GPU", gpus)):
         if asked > have.get(name, 0):
             raise ConfigurationError(
