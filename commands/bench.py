@@ -30,6 +30,9 @@ def bench(
     seconds: float = typer.Option(
         20.0, min=0.1, max=3600, help="For the training step; the rest takes as long again."
     ),
+    cuda_graph: bool = typer.Option(
+        True, help="Measure the step captured as a CUDA graph, as training makes it on one GPU."
+    ),
     json_output: bool = typer.Option(False, "--json", help="Print one JSON object instead."),
 ) -> None:
     """Measure what recording, the loss and the clipping cost on this machine."""
@@ -47,6 +50,7 @@ def bench(
         image_size=size,
         batch_size=batch_size,
         seconds=seconds,
+        graph=cuda_graph,
         report=report,
     )
     print(json.dumps(result, indent=2) if json_output else _table(result))
@@ -68,7 +72,8 @@ def _table(result: dict[str, Any]) -> str:
         f"{settings['size']} px, batch {settings['batch_size']}, "
         f"{roofline['flops_per_image'] / 1e9:.3g} GFLOP per image and step",
         "recording": f"{_spread(step['overhead_percent'], '.1f')} % more time per iteration, "
-        f"{step['pairs']} pairs of {step['steps_per_block']} steps",
+        f"{step['pairs']} pairs of {step['steps_per_block']} steps"
+        + (", captured as a CUDA graph" if step["captured"] else ""),
         "rate": f"{rate['images_per_second']:,.4g} images/s, "
         f"{rate['iterations_per_second']:,.3g} iterations/s, recording on",
         "roofline": f"{roofline['share_percent']:.0f} % of the "

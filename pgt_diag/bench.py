@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgt_diag.activations import convolutions
+from pgt_diag.allocator import keep_freed_memory
 from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
 from pgt_diag.config import RunConfig, Stem
 from pgt_diag.cost import flops_per_image
@@ -35,6 +36,7 @@ from pgt_diag.encoder import (
 )
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
+from pgt_diag.graph import WARM_UP, CudaCapture, GraphedStep
 from pgt_diag.models import build_model
 from pgt_diag.powergrad import power_grad_cross_entropy
 from pgt_diag.recorder import FilterRecorder
@@ -240,15 +242,19 @@ def bench(
     image_size: int = 32,
     batch_size: int = 128,
     seconds: float = 20.0,
+    graph: bool = True,
     report: Report = lambda _: None,
 ) -> dict[str, Any]:
     """Measure this machine; return plain JSON values, times in the units that the keys name.
 
     seconds: for how long the training step is measured with and without recording; the rest takes
-    about as long again. report: told what is measured next.
+    about as long again. graph: on CUDA, measure the step as a captured graph, as training makes it
+    on one GPU. report: told what is measured next.
 
     Raises ConfigurationError for a model that is unknown or takes no such images.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(0)
     model = build_model(model_name, num_classes=_CLASSES, stem=stem)
     try:
@@ -279,7 +285,8 @@ def bench(
     rate = matmul_rate(device, seconds / 20)
     report("the training step, with and without recording")
     with tempfile.TemporaryDirectory(prefix="pgt-diag-bench-") as folder:
-        step = _measure_steps(model, images, target, seconds, Path(folder) / "run")
+        graph = graph and device.type == "cuda"
+        step = _measure_steps(model, images, target, seconds, Path(folder) / "run", graph=graph)
     report("the PGT loss and cross-entropy")
     losses = _measure_losses(device, seconds / 5)
     report("adaptive gradient clipping")
@@ -322,7 +329,13 @@ def bench(
 
 
 def _measure_steps(
-    model: nn.Module, images: Tensor, target: Tensor, seconds: float, folder: Path
+    model: nn.Module,
+    images: Tensor,
+    target: Tensor,
+    seconds: float,
+    folder: Path,
+    *,
+    graph: bool,
 ) -> dict[str, Any]:
     """Time blocks of the training step with and without a recorder, on copies of the model."""
     device = images.device
@@ -330,10 +343,12 @@ def _measure_steps(
     plain_model, recorded_model = copy.deepcopy(model).train(), copy.deepcopy(model).train()
     plain = training_step(plain_model, build_optimizer(plain_model, settings), images, target)
     optimizer = build_optimizer(recorded_model, settings)
-    block_seconds = min(_BLOCK_SECONDS, seconds / (2 * _LEAST_ROUNDS))
-    block, steps = repeated(plain, block_seconds, device)
     with FilterRecorder(recorded_model, folder, optimizer=optimizer) as recorder:
         recorded = training_step(recorded_model, optimizer, images, target)
+        if graph:
+            plain, recorded = captured(plain, device), captured(recorded, device, recorder.replayed)
+        block_seconds = min(_BLOCK_SECONDS, seconds / (2 * _LEAST_ROUNDS))
+        block, steps = repeated(plain, block_seconds, device)
         recorded()
         parts = {"plain": block, "recorded": lambda: [recorded() for _ in range(steps)]}
         # What is left to write at the end of a block must not burden the next one.
@@ -343,11 +358,31 @@ def _measure_steps(
     )
     return {
         "overhead_percent": asdict(overhead),
+        "captured": graph,
         "pairs": len(spent["plain"]),
         "steps_per_block": steps,
         "plain_ms": asdict(Spread.of(spent["plain"]) * (1e3 / steps)),
         "recorded_ms": asdict(Spread.of(spent["recorded"]) * (1e3 / steps)),
     }
+
+
+def captured(step: Part, device: torch.device, replayed: Callable[[], None] = lambda: None) -> Part:
+    """Return a step that has been captured as a CUDA graph.
+
+    Raises ConfigurationError when it cannot be.
+    """
+
+    def iterate() -> Tensor:
+        step()
+        return torch.empty(0)
+
+    def failed(reason: str) -> None:
+        raise ConfigurationError(f"the step cannot be captured as a CUDA graph: {reason}")
+
+    graphed = GraphedStep(iterate, CudaCapture(device), replayed=replayed, failed=failed)
+    for _ in range(WARM_UP + 1):
+        graphed()
+    return graphed
 
 
 def _measure_losses(device: torch.device, seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 Iterate = Callable[..., Tensor]
 
-_WARM_UP = 3
+WARM_UP = 3
 """Iterations made as they are first: they make the momentum, and have cuDNN choose its kernels."""
 
 
@@ -85,7 +85,7 @@ class GraphedStep:
         """
         if self._capture is None:
             return self._iterate(*parts)
-        if self._made < _WARM_UP:
+        if self._made < WARM_UP:
             self._made += 1
             return self._capture.warm_up(lambda: self._iterate(*parts))
         if self._replay is None:
@@ -98,7 +98,8 @@ class GraphedStep:
                 self._capture, self._parts = None, []
                 self._failed(str(error).partition("\n")[0])
                 return self._iterate(*parts)
-        torch._foreach_copy_(self._parts, list(parts))
+        if parts:
+            torch._foreach_copy_(self._parts, list(parts))
         self._replay()
         self._replayed()
         return self._result

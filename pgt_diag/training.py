@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import pgt_diag
 from pgt_diag import checkpoint
 from pgt_diag.activations import convolutions
+from pgt_diag.allocator import keep_freed_memory
 from pgt_diag.checkpoint import KEPT
 from pgt_diag.config import Amp, CudaGraph, Norm, RunConfig
 from pgt_diag.data import ImageData, load_data
@@ -61,7 +62,8 @@ def train(
     resume: go on from there (`pgt_diag.resuming.resume_point`) instead of starting a run; the
     result is the same, on a CPU to the bit. stop: asked after every iteration; when it says so, a
     checkpoint is written and KeyboardInterrupt raised. world: the processes that train together,
-    each of which calls this function with the same arguments; by default this one alone.
+    each of which calls this function with the same arguments; by default this one alone. On a CPU
+    the process keeps the memory that it has once taken: see `pgt_diag.allocator`.
 
     Raises ConfigurationError, DataError or RunDirectoryError before anything is written,
     NoSpaceError also when the disk cannot hold the run, and DivergedError when the loss becomes
@@ -198,6 +200,8 @@ class _Session:
         self._check_shares()
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(mode=True)

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -188,13 +188,23 @@ def _run_facts(summary: RunSummary) -> list[str]:
     overhead = info.get("overhead")
     if isinstance(overhead, dict) and overhead.get("training_seconds"):
         spent, all_of = float(overhead["recorder_seconds"]), float(overhead["training_seconds"])
+        where = ""
+        if _environment(info).get("device", "cpu") != "cpu":
+            # Kernels are only started there: what they take of the GPU no clock on the CPU sees.
+            where = " of the CPU's, without the GPU's, which pgt-diag bench measures"
         facts.append(
-            f"recording took {number(spent, 1)} s of {number(all_of, 1)} s ({share(spent, all_of)})"
+            f"recording took {number(spent, 1)} s of {number(all_of, 1)} s "
+            f"({share(spent, all_of)}){where}"
         )
     metrics = summary.run.metrics
     if "images_per_second" in metrics and metrics["images_per_second"].notna().any():
         facts.append(f"{number(float(metrics['images_per_second'].median()), 0)} images/s")
     return facts
+
+
+def _environment(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = info.get("environment")
+    return found if isinstance(found, dict) else {}
 
 
 def config_tables(summaries: Sequence[RunSummary]) -> list[dict[str, object]]:

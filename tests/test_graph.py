@@ -14,6 +14,7 @@ from pgt_diag.config import CudaGraph, RunConfig
 from pgt_diag.distributed import World
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.progress import Listener
+from pgt_diag.ring import HALF
 from tests.crash import MODEL, register_net
 from tests.graphs import MemoryCapture, MemoryGraph
 from tests.loops import batches, small_net
@@ -188,3 +189,28 @@ def test_a_captured_run_on_a_gpu_is_close_to_one_that_is_not(
         np.testing.assert_allclose(
             on.weight_norms(layer.name), off.weight_norms(layer.name), rtol=1e-4
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recording_never_waits_for_the_gpu(tmp_path: Path) -> None:
+    model = small_net().cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, fused=True)
+    images, target = (each.cuda() for each in next(batches(1, side=14)))
+    with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer) as recorder:
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(images), target)
+            loss.backward()
+            recorder.log(loss=loss.detach())
+            optimizer.step()
+
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3 * HALF):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert pgt_diag.load_run(tmp_path / "run").iteration_count == 3 * HALF + 1

@@ -127,9 +127,6 @@ WAYS = (plain, ours, reading_loop, tensorboard, wandb)
 
 
 def main() -> None:
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        sys.exit(f"{' and '.join(missing)} missing: python -m pip install {' '.join(missing)}")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=32, help="image size, pixels")
@@ -138,6 +135,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps in a block")
     parser.add_argument("--ways", nargs="*", default=[way.__name__ for way in WAYS])
     options = parser.parse_args()
+    needed = set(NEEDED) & set(options.ways)
+    missing = [name for name in sorted(needed) if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"{' and '.join(missing)} missing: python -m pip install {' '.join(missing)}")
     device = torch.device(options.device)
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     target = torch.randint(10, (options.batch,), device=device)

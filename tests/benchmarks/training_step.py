@@ -1,24 +1,25 @@
-"""One iteration of `pgt-diag train`, recording on, against two loops that record nothing.
+"""One iteration of `pgt-diag train`, recording on, against loops that record nothing.
 
-    python tests/benchmarks/training_step.py [--threads 1] [--device cuda]
+    python tests/benchmarks/training_step.py [--threads 1] [--device cuda] [--size 224 --batch 256]
 
-Ours is `pgt_diag.train` itself, as it is, on synthetic 32 px colour images with crops and flips; it
-runs in a thread of its own that is held after each iteration. "reference" trains as torchvision's
-reference script does: DataLoader, v2 transforms image by image, SGD with its defaults, loss and
-accuracy by `.item()`. "barest" has its batches ready in memory, SGD with its defaults and no
-metrics. All three train non-BN ResNet-18 on the same images. Prints one JSON object; ratios are how
-many times as long as ours the others take. With --threads 1 and no workers the time is the CPU time
-of all threads, which other load disturbs less, and which charges ours with the writer thread too.
-Goal (issue 5): 1.05 times for the reference.
+Ours is `pgt_diag.train` itself, as it is, on synthetic colour images with crops and flips.
+"reference" trains as torchvision's reference script does: DataLoader, v2 transforms image by image,
+SGD with its defaults, on a GPU fp16 autocast with a GradScaler, loss and accuracy by `.item()`.
+"ready" is the same with its batches ready on the device; "barest" also without the metrics. All
+train non-BN ResNet-18 on the same images, in blocks that alternate, each loop in a process of its
+own: ours sets its process's allocator. Prints one JSON object; ratios are how many times as long as
+ours the others take. With --cpu-time it is the CPU time of all of a process's threads, which other
+load disturbs less, and which charges ours with the writer thread too.
+Goals (issue 5): 1.05 times for the reference on a CPU, 2 on a GPU, 1.3 there at 224 px.
 """
 
 import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -36,52 +37,50 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pgt_diag.training
-from pgt_diag.bench import Spread, alternate, ratio
-from pgt_diag.config import RunConfig
+from pgt_diag.bench import Spread, matmul_rate, ratio
+from pgt_diag.config import RunConfig, Stem
+from pgt_diag.cost import flops_per_image
 from pgt_diag.data.memory import RawImages, channel_statistics
 from pgt_diag.data.sources import read_images
 from pgt_diag.models import build_model
 from pgt_diag.progress import Listener, Progress
 
 SETTINGS = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+LOOPS = ("ours", "reference", "ready", "barest")
+WARM_UP = 4
+"""Iterations before the first block: ours captures its step in the fourth."""
+
+
+class Blocks:
+    """Makes a block of iterations for every line on standard input, and prints its seconds."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
+        self.steps, self.device = options.steps, device
+        self.left, self.began = WARM_UP, 0.0
+
+    def made_one(self) -> bool:
+        """Call it after every iteration; it returns whether there should be another."""
+        self.left -= 1
+        if self.left:
+            return True
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        print(self.clock() - self.began, flush=True)
+        more = bool(sys.stdin.readline())
+        self.left, self.began = self.steps, self.clock()
+        return more
 
 
 class Ours(Listener):
-    """`pgt_diag.train` in a thread, an iteration at a time."""
+    """Has `pgt_diag.train` make blocks."""
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.go, self.done, self.over = threading.Semaphore(0), threading.Semaphore(0), False
-        self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self.train, args=(config, folder), daemon=True)
-        self.thread.start()
-        self.wait()
-
-    def train(self, config: RunConfig, folder: Path) -> None:
-        try:
-            with suppress(KeyboardInterrupt):
-                pgt_diag.training.train(config, folder, listener=self, stop=lambda: self.over)
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.done.release()
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
 
     def iterated(self, progress: Progress) -> None:
-        self.done.release()
-        self.go.acquire()
-
-    def wait(self) -> None:
-        self.done.acquire()
-        if not self.over and not self.thread.is_alive():
-            raise RuntimeError("training ended too soon") from self.error
-
-    def step(self) -> None:
-        self.go.release()
-        self.wait()
-
-    def close(self) -> None:
-        self.over = True
-        self.go.release()
-        self.thread.join()
+        if not self.blocks.made_one():
+            raise KeyboardInterrupt
 
 
 class Images(Dataset):
@@ -115,20 +114,22 @@ def endless(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, 
 
 
 def stepper(
-    batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, *, metrics: bool
+    batches: Iterator[tuple[Tensor, Tensor]], device: torch.device, stem: str, *, metrics: bool
 ) -> Callable[[], Any]:
     torch.manual_seed(0)
-    model = build_model("resnet18", num_classes=10).to(device).train()
+    model = build_model("resnet18", num_classes=10, stem=Stem(stem)).to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
 
     def step() -> Any:
         images, target = next(batches)
-        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+        with torch.autocast("cuda", torch.float16, enabled=images.is_cuda):
             output = model(images)
             loss = F.cross_entropy(output, target)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         if metrics:
             top = output.topk(5)[1] == target[:, None]
             return loss.item(), top[:, 0].float().mean().item(), top.float().mean().item()
@@ -137,23 +138,14 @@ def stepper(
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3, help="iterations in a block")
-    parser.add_argument("--workers", type=int, default=0, help="of the reference's DataLoader")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    before = os.getloadavg()[0]
+def settings(options: argparse.Namespace) -> RunConfig:
     # One epoch that outlasts the measurement: no evaluation falls into a block.
-    config = RunConfig.from_mapping(
+    return RunConfig.from_mapping(
         {
             "dataset": "synthetic",
-            "synthetic_images": options.batch * options.steps * (options.rounds + 3),
+            "synthetic_images": options.batch * (options.steps * (options.rounds + 2) + WARM_UP),
+            "image_size": options.size,
+            "stem": options.stem,
             "augment": "small",
             "epochs": 1,
             "warmup_epochs": 0,
@@ -166,33 +158,93 @@ def main() -> None:
             "checkpoint_every": 10**9,
         }
     )
-    data = Images(read_images(config))
+
+
+def serve(options: argparse.Namespace, device: torch.device) -> None:
+    """Make blocks of the loop that `options.loop` names."""
+    config, blocks = settings(options), Blocks(options, device)
+    if options.loop == "ours":
+        with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
+            pgt_diag.training.train(config, Path(folder) / "run", listener=Ours(blocks))
+        return
     loader = DataLoader(
-        data, options.batch, shuffle=True, drop_last=True, num_workers=options.workers
+        Images(read_images(config)),
+        options.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=options.workers,
+        pin_memory=device.type == "cuda",
     )
-    ready = list(itertools.islice(endless(loader, device), 8))
-    with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(config, Path(folder) / "run")
-        loops = {
-            "ours": ours.step,
-            "reference": stepper(endless(loader, device), device, metrics=True),
-            "barest": stepper(itertools.cycle(ready), device, metrics=False),
-        }
-        blocks = {
-            name: lambda step=step: [step() for _ in range(options.steps)]
-            for name, step in loops.items()
-        }
-        alternate(blocks, rounds=1, device=device)
-        alone = options.threads == 1 and options.workers == 0
-        clock = time.process_time if alone else time.perf_counter
-        spent = alternate(blocks, rounds=options.rounds, device=device, clock=clock)
-        ours.close()
+    batches = endless(loader, device)
+    if options.loop != "reference":
+        batches = itertools.cycle(list(itertools.islice(batches, 8)))
+    step = stepper(batches, device, options.stem, metrics=options.loop != "barest")
+    more = True
+    while more:
+        step()
+        more = blocks.made_one()
+
+
+class Process:
+    """One of the loops, in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], f"--loop={name}"]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        if not self.process.stdout.readline():
+            sys.exit(f"{name} did not start")
+
+    def block(self) -> float:
+        self.process.stdin.write("\n")
+        return float(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--size", type=int, default=32, help="image size, pixels")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--stem", default="imagenet", choices=("imagenet", "small"))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=3, help="iterations in a block")
+    parser.add_argument("--workers", type=int, default=0, help="of the reference's DataLoader")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="with --workers 0")
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if options.loop:
+        serve(options, device)
+        return
+    before = os.getloadavg()[0]
+    loops = {name: Process(name) for name in LOOPS}
+    spent: dict[str, list[float]] = {name: [] for name in LOOPS}
+    for index in range(options.rounds + 1):
+        for name in LOOPS[:: -1 if index % 2 else 1]:
+            seconds = loops[name].block()
+            if index:  # the first round still finds its memory
+                spent[name].append(seconds)
+    for each in loops.values():
+        each.end()
+    model = build_model("resnet18", num_classes=10, stem=Stem(options.stem))
+    flops = flops_per_image(model, options.size)
+    rate = options.batch * options.steps / Spread.of(spent["ours"]).median
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "threads": options.threads,
         "workers": options.workers,
+        "cpu_time": options.cpu_time,
         "load_before": before,
+        "size": options.size,
+        "stem": options.stem,
         "batch": options.batch,
         "rounds": options.rounds,
         "iterations_per_block": options.steps,
@@ -204,9 +256,15 @@ def main() -> None:
             f"times_{name}": [
                 round(value, 3) for value in asdict(ratio(spent, name, "ours")).values()
             ]
-            for name in ("reference", "barest")
+            for name in LOOPS[1:]
         },
     }
+    if not options.cpu_time:
+        result |= {
+            "images_per_second": round(rate, 1),
+            "gflops": round(flops * rate / 1e9, 1),
+            "share_of_matmul_rate": round(flops * rate / matmul_rate(device, 2.0), 3),
+        }
     print(json.dumps(result, indent=2))
 
 
