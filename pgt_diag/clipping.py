@@ -5,12 +5,13 @@ The paper's other rule, GC, is `torch.nn.utils.clip_grad_norm_` over all paramet
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.reductions import filter_norms
+from pgt_diag.reductions import filter_norms, is_asynchronous
 
 
 def adaptive_clip_grad_(
@@ -50,17 +51,22 @@ def clip_filters_(
     _require_positive("clip_factor", clip_factor)
     _require_positive("eps", eps)
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    factors = [torch.ones(_filters(p), device=p.device) for p in parameters]
-    norms = [torch.full_like(each, torch.nan) for each in factors]
-    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    factors: dict[int, Tensor] = {}
+    norms: dict[int, Tensor] = {}
+    together: dict[Any, list[int]] = {}
     for index, parameter in enumerate(parameters):
         if parameter.grad is not None:
-            kinds.setdefault((parameter.device, parameter.dtype), []).append(index)
-    for indices in kinds.values():
+            # A GPU is to have few things to start, a CPU to find in its cache what it has measured.
+            alike = (parameter.device, parameter.dtype) if is_asynchronous(parameter) else index
+            together.setdefault(alike, []).append(index)
+        else:
+            factors[index] = torch.ones(_filters(parameter), device=parameter.device)
+            norms[index] = torch.full_like(factors[index], torch.nan)
+    for indices in together.values():
         clipped = _clip_alike_([parameters[index] for index in indices], clip_factor, eps)
         for index, factor, norm in zip(indices, *clipped, strict=True):
             factors[index], norms[index] = factor.float(), norm.float()
-    return factors, norms
+    return [factors[index] for index in sorted(factors)], [norms[index] for index in sorted(norms)]
 
 
 def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[nn.Parameter]:
@@ -92,15 +98,15 @@ def _clip_alike_(
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     sizes = [_filters(parameter) for parameter in parameters]
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-    before, weights = parameters[0].new_empty(2, sum(sizes), dtype=dtype)
-    filter_norms([_rows(gradient) for gradient in gradients], before.split(sizes))
+    weights, norms = parameters[0].new_empty(2, sum(sizes), dtype=dtype)
     filter_norms([_rows(parameter) for parameter in parameters], weights.split(sizes))
+    filter_norms([_rows(gradient) for gradient in gradients], norms.split(sizes))
     # A gradient of 0 gives infinity here, and so the factor 1.
-    factors = (clip_factor * weights.clamp(min=eps)).div_(before).clamp_(max=1.0)
+    factors = weights.clamp_(min=eps).mul_(clip_factor).div_(norms).clamp_(max=1.0)
     for gradient, factor in zip(gradients, factors.split(sizes), strict=True):
         # A vector is one filter: its factor is a scalar.
         gradient.mul_(factor.view([-1, *[1] * gradient.dim()][: gradient.dim()]))
-    return factors.split(sizes), (before * factors).split(sizes)
+    return factors.split(sizes), norms.mul_(factors).split(sizes)
 
 
 def _rows(parameter: Tensor) -> Tensor:

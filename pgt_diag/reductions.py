@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,9 +78,11 @@ def working_kernels(device: torch.device) -> Any:
 
 
 def _take_small_norms_again(weight: Tensor, norms: Tensor) -> None:
-    small = (norms < _SAFE_NORM).nonzero()[:, 0]
-    if len(small) == 0:
+    # NumPy: of an operation on a few hundred numbers torch's start takes the most time.
+    found = np.flatnonzero(norms.numpy() < _SAFE_NORM)
+    if len(found) == 0:
         return
+    small = torch.from_numpy(found)
     rows = weight.detach().flatten(1).index_select(0, small)
     least, largest = torch.aminmax(rows)
     if least != 0 or largest != 0:
