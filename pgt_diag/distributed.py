@@ -24,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pgt_diag.config import Device
 from pgt_diag.errors import ConfigurationError, DivergedError, PeerError, PgtDiagError
 
+PARENT_VARIABLE = "PGT_DIAG_PARENT"
+"""In the environment of `train --nproc`: the process with which it is to end."""
+
 Value = TypeVar("Value")
 
 _EXCHANGE_SECONDS = 0.25
@@ -219,11 +222,14 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def end_with_parent() -> None:
-    """Have this process killed when the one that started it dies: nobody else would end it."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Have this process killed when the one that started it dies: nobody else would end it.
+
+    parent: that process, where this one may by now have been left behind by it.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pgt_diag.distributed import PARENT_VARIABLE, end_with_parent
+
 RESTARTS = 3
 _INTERRUPTED = 130
 
@@ -26,6 +28,8 @@ def launch(
     with. Processes that a signal killed are started again, three times at most; all others end
     with the one that fails. `tell` gets a line for people.
     """
+    if parent := os.environ.pop(PARENT_VARIABLE, None):
+        end_with_parent(int(parent))
     # The processes have told what there is to tell.
     logging.disable(logging.CRITICAL)
     # With the store shared, a killed process hung or aborted every third restart.
