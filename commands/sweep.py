@@ -188,7 +188,7 @@ def sweep(
     from commands.sweep_console import SweepConsole, print_plan, print_result
 
     if dry_run:
-        print_plan(grid, folder, retry_failed=retry_failed, json_output=json_output)
+        print_plan(grid, folder, nproc, retry_failed=retry_failed, json_output=json_output)
         return
     if engine is Engine.SLURM:
         _write_job_array(

@@ -34,8 +34,9 @@ def launch(
     logging.disable(logging.CRITICAL)
     # With the store shared, a killed process hung or aborted every third restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # Only Linux tells what of the machine is ours.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
     name = ""
     for attempt in range(RESTARTS + 1):
         codes = _run(processes, arguments(attempt > 0))

@@ -314,6 +314,9 @@ def test_time_is_measured_where_no_run_has_finished(tmp_path: Path) -> None:
     assert all(each.seconds > 0 and each.disk_bytes > 0 for each in found)
     assert found[0].flops == found[1].flops > 0
     assert 0 < found[0].memory_bytes < found[1].memory_bytes
+    # Two processes have half of the batch each: that of 8 images is then one of 4.
+    shared = estimate([status_of(rows[1], tmp_path)], tmp_path, processes=2)
+    assert shared[0].memory_bytes == found[0].memory_bytes
     assert {each.source for each in found} == {"a few iterations measured here"}
     assert not list(tmp_path.iterdir())
 
