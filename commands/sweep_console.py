@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def print_result(results: Sequence[RowStatus], folder: Path, *, json_output: boo
     retry = "; --retry-failed makes them again" if failed else ""
     say(
         f"{len(results) - len(failed)} of {_runs(len(results))} finished, {len(failed)} failed"
-        f"{retry}; next: pgt-diag report {folder}"
+        f"{retry}; next: pgt-diag report {shlex.quote(str(folder))}"
     )
     return bool(failed)
 

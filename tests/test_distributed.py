@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pgt_diag.config import RunConfig
 from pgt_diag.data import load_data
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.rendezvous import unused_part
 from pgt_diag.run import load_run
 from tests import ranks
 from tests.runs import contents, difference
@@ -289,6 +291,30 @@ def test_several_nodes_and_a_batch_size_for_each_process(tmp_path: Path) -> None
     assert found.config.batch_size == 18
     assert found.info["environment"]["processes"] == 2
     assert sum(out.count("done: test accuracy") for out, _ in outputs) == 1
+
+
+def test_processes_meet_each_other_and_not_what_an_earlier_attempt_left() -> None:
+    left = torch.distributed.HashStore()
+    # The store of every attempt but the first holds all that the ones before wrote.
+    for attempt, size in enumerate((3, 3, 2, 4, 1)):
+        # In another order each time: the first process may come last.
+        order = sorted(range(size), key=lambda rank: (rank + attempt) % size)
+        with ThreadPoolExecutor() as threads:
+            asked = [threads.submit(unused_part, left, rank, size, 30.0) for rank in order]
+            parts = [each.result() for each in asked]
+        assert not any(part.check(["address"]) for part in parts)
+        parts[0].set("address", str(attempt))
+        assert {part.get("address") for part in parts} == {str(attempt).encode()}
+
+
+def test_who_does_not_come_is_not_awaited_for_ever() -> None:
+    left = torch.distributed.HashStore()
+    with ThreadPoolExecutor() as threads:
+        both = [threads.submit(unused_part, left, rank, 2, 30.0) for rank in range(2)]
+        assert all(each.result() for each in both)
+    for rank in range(2):
+        with pytest.raises(torch.distributed.DistStoreError, match="did not answer"):
+            unused_part(left, rank, 2, 0.2)
 
 
 def test_a_mistake_is_told_once(tmp_path: Path) -> None:
