@@ -31,7 +31,7 @@ Examples:
   pgt-diag sweep --preset table1 --data IMAGENET_DIR --sweep-dir sweeps/bn
   pgt-diag sweep --preset table3 --data IMAGENET_DIR --sweep-dir sweeps/bn
   pgt-diag sweep --config grid.toml --set epochs=5 --engine ray
-  pgt-diag sweep --config grid.toml --engine slurm
+  pgt-diag sweep --config grid.toml --engine slurm --gpus-per-run 1
   pgt-diag report sweeps/table2-smoke          also while the sweep runs
 
 \b
@@ -49,7 +49,8 @@ A grid is a TOML file of train's options; lists are axes, and are crossed:
 
 The same command again goes on: finished runs are skipped, interrupted ones
 resumed, failed ones told again (--retry-failed makes them anew). A changed
-configuration is another run.
+configuration is another run. Slurm's tasks first run setup.sh of the sweep's
+directory, where there is one: for module load and the like.
 """
 
 GRID, RUNS, ENGINE = "Which runs", "Where and how fast", "Engine"
@@ -140,7 +141,11 @@ def sweep(
         None, min=0.01, help="ray, slurm: CPUs of a run.", rich_help_panel=ENGINE
     ),
     gpus_per_run: float | None = typer.Option(
-        None, min=0, help="ray, slurm: GPUs of a run.", rich_help_panel=ENGINE
+        None,
+        min=0,
+        help="ray, slurm: GPUs of a run; ray: 0.5 for two runs on each.",
+        show_default="ray: one for each process, where there are any; slurm: none",
+        rich_help_panel=ENGINE,
     ),
     retry_failed: bool = typer.Option(
         False, "--retry-failed", help="Make failed runs again.", rich_help_panel=RUNS
@@ -160,7 +165,7 @@ def sweep(
         raise ConfigurationError(
             f"name a sweep: --preset {', '.join(SweepPreset)}, or a grid with --config FILE"
         )
-    _check_engine(engine, ray_address, cpus_per_run, gpus_per_run)
+    _check_engine(engine, ray_address, cpus_per_run, gpus_per_run, nproc)
     options = dict(map(parse_value, settings))
     typed = {
         "seed": None if seeds is None else list(range(seeds)),
@@ -183,7 +188,7 @@ def sweep(
     from commands.sweep_console import SweepConsole, print_plan, print_result
 
     if dry_run:
-        print_plan(grid, folder, retry_failed=retry_failed, json_output=json_output)
+        print_plan(grid, folder, nproc, retry_failed=retry_failed, json_output=json_output)
         return
     if engine is Engine.SLURM:
         _write_job_array(
@@ -233,9 +238,9 @@ def sweep(
 
 
 def _check_engine(
-    engine: Engine, address: str | None, cpus: float | None, gpus: float | None
+    engine: Engine, address: str | None, cpus: float | None, gpus: float | None, processes: int
 ) -> None:
-    """Raise ConfigurationError for an option that the engine does not use."""
+    """Raise ConfigurationError for an option that the engine does not use, or cannot."""
     if address is not None and engine is not Engine.RAY:
         raise ConfigurationError(f"--ray-address has no effect with --engine {engine}")
     for flag, value in (("--cpus-per-run", cpus), ("--gpus-per-run", gpus)):
@@ -243,6 +248,10 @@ def _check_engine(
             raise ConfigurationError(f"{flag} has no effect with --engine {engine}")
         if value is not None and engine is Engine.SLURM and value != int(value):
             raise ConfigurationError(f"{flag} is {value:g}; Slurm gives whole ones")
+    if gpus and gpus < processes:
+        raise ConfigurationError(
+            f"--gpus-per-run is {gpus:g} and --nproc {processes}: each process needs its own GPU"
+        )
 
 
 def _write_job_array(
@@ -282,6 +291,8 @@ def _write_job_array(
     if script is None:
         say(f"nothing to submit: {left} of {len(grid.rows)} runs are finished, failed or running")
     else:
+        if gpus is None and any(row.config.device is not Device.CPU for row in rows):
+            say("note: the tasks ask Slurm for no GPU; --gpus-per-run N does", stderr=True)
         say(
             f"{script}: {len(rows)} of {len(grid.rows)} runs; learning rate {grid.rule}; "
             f"submit with: sbatch --time=24:00:00 {shlex.quote(str(script))}"

@@ -1,6 +1,8 @@
 """What a sweep shows: its plan, one view of all its runs, and how they ended."""
 
 import json
+import os
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -21,9 +23,12 @@ from pgt_diag.sweep.status import RowStatus, State, status_of
 _LINE_SECONDS = 10.0
 
 
-def print_plan(grid: Grid, folder: Path, *, retry_failed: bool, json_output: bool) -> None:
+def print_plan(
+    grid: Grid, folder: Path, processes: int = 1, *, retry_failed: bool, json_output: bool
+) -> None:
     """Print the rows, how each stands, and what the sweep still needs.
 
+    processes: how many would make each run together.
     Raises, after that, what keeps the time from being estimated: missing data for example.
     """
     from pgt_diag.sweep.estimate import Estimate, estimate
@@ -35,7 +40,7 @@ def print_plan(grid: Grid, folder: Path, *, retry_failed: bool, json_output: boo
     if left:
         say("measuring a few iterations of each size that no run has finished yet", stderr=True)
     try:
-        found = estimate(statuses, folder)
+        found = estimate(statuses, folder, processes)
         estimates = {each.row: what for each, what in zip(statuses, found, strict=True)}
     except PgtDiagError as error:
         problem = error
@@ -69,15 +74,18 @@ def print_plan(grid: Grid, folder: Path, *, retry_failed: bool, json_output: boo
         )
         say(f"{_runs(len(statuses))} in {folder}: {counts}")
         if estimates:
+            alone = ", by one process" if processes > 1 else ""
             say(
                 f"still to do: {_runs(len(left))}, about {duration(seconds)} one after the other "
-                f"on this machine, at most {size / 1e6:,.0f} MB"
+                f"on this machine{alone}, at most {size / 1e6:,.0f} MB{_busy()}"
             )
         if needed:
             largest = max(each.memory_bytes for each in needed)
+            each_process = " in each process" if processes > 1 else ""
             say(
                 f"to compute: {sum(each.flops for each in needed):.3g} FLOP; a step of the largest "
-                f"run keeps {largest / 1e9:.2g} GB in float32, mixed precision about half of that"
+                f"run keeps {largest / 1e9:.2g} GB in float32{each_process}, mixed precision about "
+                "half of that"
             )
     if problem is not None:
         raise problem
@@ -96,7 +104,7 @@ def print_result(results: Sequence[RowStatus], folder: Path, *, json_output: boo
     retry = "; --retry-failed makes them again" if failed else ""
     say(
         f"{len(results) - len(failed)} of {_runs(len(results))} finished, {len(failed)} failed"
-        f"{retry}; next: pgt-diag report {folder}"
+        f"{retry}; next: pgt-diag report {shlex.quote(str(folder))}"
     )
     return bool(failed)
 
@@ -263,6 +271,14 @@ class _RowListener(Listener):
         status = RowStatus(self._row, State.RUNNING, done=done, planned=total)
         self._view.remember(status)
         self._view.show(self._row, done, total, text, at_once=at_once)
+
+
+def _busy() -> str:
+    """Say that what is measured now takes longer than on an idle machine, where it does."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load < cores + 1:  # our own measurement is part of it
+        return ""
+    return f" (this machine is busy, load {load:.0f} on {cores} cores: an idle one is faster)"
 
 
 def _runs(count: int) -> str:

@@ -24,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pgt_diag.config import Device
 from pgt_diag.errors import ConfigurationError, DivergedError, PeerError, PgtDiagError
 
+PARENT_VARIABLE = "PGT_DIAG_PARENT"
+"""In the environment of `train --nproc`: the process with which it is to end."""
+
 Value = TypeVar("Value")
 
 _EXCHANGE_SECONDS = 0.25
@@ -66,7 +69,8 @@ class World:
 
         seconds: so long a process waits for another one before it gives up.
 
-        Raises ConfigurationError for `device` cuda where this process has no GPU of its own.
+        Raises ConfigurationError for `device` cuda where this process has no GPU of its own, and
+        PeerError when the others are not there in time.
         """
         place, size = resolve_device(device), process_count()
         if size == 1:
@@ -84,12 +88,26 @@ class World:
         world = cls(rank, size, place)
         if not torch.distributed.is_initialized():
             end_with_parent()
+            world._meet(seconds)
+        return world
+
+    def _meet(self, seconds: float) -> None:
+        from pgt_diag.rendezvous import meet  # a torch that was built alone has no stores
+
+        try:
             torch.distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
+                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                store=meet(self.rank, self.size, seconds),
+                rank=self.rank,
+                world_size=self.size,
                 timeout=timedelta(seconds=seconds),
             )
-            world._joined = True
-        return world
+        except torch.distributed.DistError as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise PeerError(
+                f"process {self.rank} does not reach the other {self.size - 1} ({reason})"
+            ) from None
+        self._joined = True
 
     def __enter__(self) -> Self:
         return self
@@ -219,11 +237,14 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def end_with_parent() -> None:
-    """Have this process killed when the one that started it dies: nobody else would end it."""
+def end_with_parent(parent: int | None = None) -> None:
+    """Have this process killed when the one that started it dies: nobody else would end it.
+
+    parent: that process, where this one may by now have been left behind by it.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)

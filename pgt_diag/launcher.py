@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pgt_diag.distributed import PARENT_VARIABLE, end_with_parent
+
 RESTARTS = 3
 _INTERRUPTED = 130
 
@@ -26,12 +28,15 @@ def launch(
     with. Processes that a signal killed are started again, three times at most; all others end
     with the one that fails. `tell` gets a line for people.
     """
+    if parent := os.environ.pop(PARENT_VARIABLE, None):
+        end_with_parent(int(parent))
     # The processes have told what there is to tell.
     logging.disable(logging.CRITICAL)
     # With the store shared, a killed process hung or aborted every third restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # Only Linux tells what of the machine is ours.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
     name = ""
     for attempt in range(RESTARTS + 1):
         codes = _run(processes, arguments(attempt > 0))

@@ -272,10 +272,18 @@ def _figure(x: str, y: str) -> go.Figure:
         layout={
             # Not plotly's default, which would add 6 kB of colours to every figure.
             "template": "none",
-            "margin": {"l": 56, "r": 14, "t": 10, "b": 44},
+            "margin": {"l": 56, "r": 14, "t": 28, "b": 44},
             "xaxis": _axis(x),
             "yaxis": _axis(y),
-            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "legend": {
+                "orientation": "h",
+                # Below, for plotly's own buttons are above; of a sweep's many runs it scrolls.
+                "yref": "container",
+                "y": 0,
+                "yanchor": "bottom",
+                "x": 0,
+                "maxheight": 0.25,
+            },
             "hovermode": "x unified",
         }
     )

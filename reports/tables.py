@@ -224,6 +224,7 @@ def _setting(run: Run, keys: Sequence[str]) -> str:
 
 def _with_lr_rule(table: pd.DataFrame, summaries: Sequence[RunSummary]) -> pd.DataFrame:
     """Add to each setting what its learning rates are, and what made them of the batch size."""
+    table["own_lr"] = False
     configs = pd.Series([each.run.config for each in summaries], index=table.index, dtype=object)
     for setting, group in table[configs.notna()].groupby("setting"):
         mine: list[RunConfig] = list(configs[group.index])
@@ -232,6 +233,8 @@ def _with_lr_rule(table: pd.DataFrame, summaries: Sequence[RunSummary]) -> pd.Da
         if all(len(each) == 1 for each in rates.values()):
             by_size = {size: min(each) for size, each in rates.items()}
             table.loc[group.index, "setting"] = f"{setting}, {_lr_rule(by_size, mine)}"
+        else:
+            table.loc[group.index, "own_lr"] = True
     return table
 
 
@@ -266,11 +269,17 @@ def _cells(table: pd.DataFrame, layout: Layout) -> list[tuple[dict[str, object],
 
 
 def _variants(group: pd.DataFrame) -> list[str]:
-    """Name, for each run of a cell, the values that not all of them share; mostly nothing."""
+    """Name, for each run of a cell, the values that not all of them share; mostly nothing.
+
+    The learning rate also where only the rows of other cells have another one.
+    """
     values = (group["recipe"] + group["options"]).tolist()
     keys = RECIPE_KEYS + METHOD_KEYS
+    told = {"lr"} if group["own_lr"].any() else set()
     differing = [
-        place for place, each in enumerate(zip(*values, strict=True)) if len(set(each)) > 1
+        place
+        for place, each in enumerate(zip(*values, strict=True))
+        if len(set(each)) > 1 or keys[place] in told
     ]
     return [
         ", ".join(f"{keys[place].replace('_', ' ')} {run[place]}" for place in differing)
@@ -285,7 +294,8 @@ def _cell(key: dict[str, object], group: pd.DataFrame) -> dict[str, object]:
     used = finished
     note = f"left out: {counts}" if counts else ""
     if finished.empty:
-        used, note = group, f"best so far, {counts}"
+        used = group
+        note = f"best so far, {counts}" if group["test_accuracy"].notna().any() else counts
     cell = key | {"runs": len(used), "note": note, "filters": int(group["filters"].iloc[0])}
     cell["pairs"] = int(used["test_difference"].notna().sum())
     confounded = {name for names in used["confounded"].dropna() for name in names}

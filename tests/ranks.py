@@ -105,11 +105,40 @@ def record_own_loop(path: Path, world: World) -> None:
             optimizer.step()
 
 
+def record_scaled_loop(path: Path, world: World) -> None:
+    """Record a loop whose scaled loss overflows in the second process alone, at first.
+
+    Writes what every process saw beside the run: steps skipped, and the weights at the end.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    images = torch.full((3, 1, 1, 1), 1e-3 if world.rank == 0 else 1e2)
+    skipped, overflowed = [], []
+    with FilterRecorder(model, path, optimizer=optimizer) as recorder:
+        for _ in range(24):
+            optimizer.zero_grad()
+            loss = wrapped(images).square().mean()
+            before, scale = model[3].weight.clone(), scaler.get_scale()
+            overflowed.append(not torch.isfinite(loss.detach() * scale).item())
+            scaler.scale(loss).backward()
+            recorder.log(loss=loss)
+            scaler.step(optimizer)
+            scaler.update()
+            skipped.append(before.equal(model[3].weight))
+    told = world.gather((skipped, overflowed, model[3].weight.tolist()))
+    if world.first:
+        path.with_suffix(".json").write_text(json.dumps(told))
+
+
 def main(folder: Path, cases: dict[str, Any]) -> None:
     with contextlib.suppress(PeerError), World.join() as world:
         for name, case in cases.items():
             train(folder / name, case["values"], case.get("stop_at"), world)
         record_own_loop(folder / "own loop", world)
+        record_scaled_loop(folder / "scaled", world)
 
 
 if __name__ == "__main__":

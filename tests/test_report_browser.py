@@ -269,6 +269,14 @@ def axis_types(page, section):
     )
 
 
+BUTTONS_ABOVE = """charts => charts.every((chart) => {
+  const edges = (name) => chart.querySelector(name).getBoundingClientRect();
+  const plot = edges(".cartesianlayer .gridlayer");
+  return edges(".modebar").bottom <= plot.top + 6 && plot.bottom < edges(".legend").top;
+})"""
+"""Whether neither plotly's buttons nor the legend cover any line."""
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_figure_2_is_drawn_on_log_axes_of_its_own(browser, tmp_path, scheme):
     runs = [
@@ -289,6 +297,7 @@ def test_figure_2_is_drawn_on_log_axes_of_its_own(browser, tmp_path, scheme):
         f"{name}, cosine, digits, batch 256" for name in ("resnet18", "seresnet18")
     ]  # fmt: skip
     assert page.locator("#fig2 .chart").first.locator(".scatterlayer .trace").count() == 4
+    assert page.eval_on_selector_all("#fig2 .chart, #curves .chart[data-drawn]", BUTTONS_ABOVE)
     assert axis_types(page, "fig2") == ["loglog"] * 2
     assert set(axis_types(page, "curves")) == {"linearlinear"}
     page.locator("#fig2 input[value=linear]").check()

@@ -238,16 +238,23 @@ def test_ctrl_c_writes_a_checkpoint_and_names_the_command(
     assert status_of(rows_of(**values)[1], tmp_path / "runs").state is State.NEW
 
 
-def test_two_processes_make_each_run_together(tmp_path: Path) -> None:
-    process = start(
-        *sweep_command({"seed": [3], "batch_size": 4}), "--nproc=2", "--batch-per=process",
-        cwd=tmp_path,
-    )  # fmt: skip
+def test_two_processes_make_each_run_together_and_end_with_the_sweep(tmp_path: Path) -> None:
+    [row] = rows_of(seed=3, batch_size=8, epochs=20)
+    folder = tmp_path / "runs"
+    command = sweep_command({"seed": [3], "batch_size": 4, "epochs": 20})
+    command += ["--nproc=2", "--batch-per=process"]
+    process = start(*command, cwd=tmp_path)
+    wait_for(lambda: status_of(row, folder).done > 2, process)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: status_of(row, folder).state is not State.RUNNING)
+    assert status_of(row, folder).state is State.INTERRUPTED
+    process = start(*command, cwd=tmp_path)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    [row] = rows_of(seed=3, batch_size=8)
-    run = pgt_diag.load_run(tmp_path / "runs" / row.name)
+    run = pgt_diag.load_run(folder / row.name)
     assert (run.status, run.info["environment"]["processes"]) == ("finished", 2)
+    assert run.info["resumed_from"]
 
 
 def test_a_run_that_fails_in_several_processes_says_why(tmp_path: Path) -> None:
@@ -307,6 +314,9 @@ def test_time_is_measured_where_no_run_has_finished(tmp_path: Path) -> None:
     assert all(each.seconds > 0 and each.disk_bytes > 0 for each in found)
     assert found[0].flops == found[1].flops > 0
     assert 0 < found[0].memory_bytes < found[1].memory_bytes
+    # Two processes have half of the batch each: that of 8 images is then one of 4.
+    shared = estimate([status_of(rows[1], tmp_path)], tmp_path, processes=2)
+    assert shared[0].memory_bytes == found[0].memory_bytes
     assert {each.source for each in found} == {"a few iterations measured here"}
     assert not list(tmp_path.iterdir())
 

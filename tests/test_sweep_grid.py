@@ -224,6 +224,10 @@ def test_a_grid_that_cannot_be_used_is_told_in_one_line(
             ["--preset=table2", "--engine=slurm", "--cpus-per-run=0.5"],
             "--cpus-per-run is 0.5; Slurm gives whole ones",
         ),
+        (
+            ["--preset=table2", "--engine=ray", "--nproc=2", "--gpus-per-run=1"],
+            "--gpus-per-run is 1 and --nproc 2: each process needs its own GPU",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(arguments: list[str], message: str, capsys: Any) -> None:

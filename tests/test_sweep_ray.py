@@ -3,21 +3,26 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from commands.app import main
 from pgt_diag.directory import LOCK_FILE
+from pgt_diag.errors import ConfigurationError
 from pgt_diag.sweep.grid import Row, build_grid
-from pgt_diag.sweep.making import make_rows
+from pgt_diag.sweep.making import SweepListener, make_rows
+from pgt_diag.sweep.ray_engine import _collect, _resources
 from pgt_diag.sweep.status import State, status_of
 from tests.runs import contents, difference
-from tests.sweeps import TINY, files, start, sweep_command
+from tests.sweeps import TINY, files, rows_of, start, sweep_command
 
 pytest.importorskip("ray")
 
@@ -151,9 +156,43 @@ def test_ctrl_c_stops_every_worker_with_a_checkpoint(tmp_path: Path, ray_folder:
     assert not list(folder.glob(".stop-*"))
 
 
+def test_ctrl_c_does_not_wait_for_tasks_that_wait_for_their_turn(tmp_path: Path) -> None:
+    (row,) = rows_of(seed=0)
+    ray = SimpleNamespace(wait=lambda references, **_: ([], references))
+    asked = tmp_path / "stop"
+    with pytest.raises(KeyboardInterrupt):
+        _collect(ray, {"task": row}, tmp_path, {}, SweepListener(), lambda: True, asked)
+    assert asked.exists()
+
+
+def test_a_run_fits_one_machine_of_the_cluster() -> None:
+    (row,) = rows_of(seed=0, device="auto", workers=8)
+    small, large = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0}
+    assert _resources(row, [small, small], 1, None, None) == (4, 0)
+    assert _resources(row, [small, large], 2, None, None) == (8, 2)
+    assert _resources(row, [small, large], 1, 0.5, 0.25) == (0.5, 0.25)
+    assert _resources(row, [large, {"CPU": 64.0}], 1, None, None) == (8, 1)
+    with pytest.raises(ConfigurationError, match="cpus-per-run is 8, and no machine of Ray's has"):
+        _resources(row, [small] * 9, 1, 8, None)
+    with pytest.raises(ConfigurationError, match=r"gpus-per-run is 4, and no machine .* 2 GPUs"):
+        _resources(row, [small, large, large], 4, None, None)
+    with pytest.raises(ConfigurationError, match="no machine of Ray's that has the GPUs"):
+        _resources(row, [{"CPU": 64.0}, large], 1, 9, 1)
+
+
+def test_an_address_where_nothing_answers_is_told_at_once(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty.toml").touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    command = ["sweep", f"--config={tmp_path / 'empty.toml'}", f"--sweep-dir={tmp_path / 'runs'}"]
+    assert main([*command, "--engine=ray", f"--ray-address={address}"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"pgt-diag: error: ray-address is {address}, and nothing answers there")
+
+
 def test_what_ray_cannot_give_is_told_at_once(tmp_path: Path, ray_folder: Path) -> None:
     driver = start(*sweep_command({}), "--engine=ray", "--gpus-per-run=64", cwd=tmp_path)
     _, errors = driver.communicate(timeout=SECONDS)
     assert driver.returncode == 2
     last = errors.splitlines()[-1]
-    assert last.startswith("pgt-diag: error: gpus-per-run is 64, and Ray has ")
+    assert last.startswith("pgt-diag: error: gpus-per-run is 64, and no machine of Ray's has ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -87,7 +88,7 @@ def test_each_task_makes_its_row_as_this_process_would(
     again = write(folder, values, capsys)
     assert again["rows"] == 1, "what is finished is not submitted again"
     process = task(written["script"], 2, cluster, tmp_path)
-    assert "rows.txt has no row 2" in process.communicate(timeout=120)[1]
+    assert " has no row 2" in process.communicate(timeout=120)[1]
     assert process.returncode == 2
 
 
@@ -113,9 +114,54 @@ def test_a_minute_before_its_end_a_task_writes_a_checkpoint_and_is_queued_again(
 
 
 def test_a_task_of_several_processes(tmp_path: Path, capsys: Any) -> None:
-    written = write(tmp_path, {}, capsys, "--nproc=4", "--gpus-per-run=4")
-    [line] = (Path(written["script"]).parent / "rows.txt").read_text().splitlines()
+    write(tmp_path, {}, capsys, "--nproc=4", "--gpus-per-run=4")
+    [line] = next(tmp_path.glob("rows-*.txt")).read_text().splitlines()
     assert " --nproc 4 " in line
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "requeued"),
+    [
+        (signal.SIGUSR1, 130, True),
+        (signal.SIGUSR1, 0, False),
+        (
+            signal.SIGTERM,
+            130,
+            False,
+        ),  # a preemption, which Slurm queues itself, or a user's scancel
+    ],
+)
+def test_only_what_its_time_limit_stopped_is_queued_again(
+    tmp_path: Path, cluster: dict[str, str], capsys: Any, sent: int, code: int, requeued: bool
+) -> None:
+    script = write(tmp_path / "runs", {}, capsys)["script"]
+    # In the place of a run: it says when it listens, and ends with this code when told to.
+    stays = f"trap 'exit {code}' USR1 TERM; touch listens; while :; do sleep 0.01; done"
+    (tmp_path / "runs" / "setup.sh").write_text(f"eval() {{ {stays}; }}")
+    process = task(script, 1, cluster, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "listens").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(sent)
+    assert process.wait(timeout=60) == code
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def test_a_waiting_job_array_keeps_its_rows_and_finds_its_data_and_programs(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"dataset": "cifar10", "data": "my images"}
+    first = Path(write(tmp_path / "runs", {**data, "seed": [0, 1]}, capsys)["script"]).read_text()
+    write(tmp_path / "runs", {**data, "seed": [1]}, capsys)
+    name = re.search(r"rows-\w+\.txt", first)
+    assert name is not None
+    lines = (tmp_path / "runs" / name[0]).read_text().splitlines()
+    assert len(lines) == 2
+    words = shlex.split(lines[0])
+    assert words[words.index("--data") + 1] == str(tmp_path / "my images")
+    assert f"PATH={Path(sys.executable).parent}:" in first
 
 
 def test_failed_rows_are_submitted_on_request(tmp_path: Path, capsys: Any) -> None:

@@ -103,6 +103,9 @@ def test_unfinished_runs_are_left_out_and_named():
     assert pgt["note"] == "left out: 1 diverged"
     running = row(table2([run("pgt", 62, status="running")]), "pgt")
     assert running["note"] == "best so far, 1 running"
+    failed = run("pgt", 62, status="diverged")
+    failed.__dict__["metrics"] = pd.DataFrame()
+    assert row(table2([failed]), "pgt")["note"] == "1 diverged"
 
 
 def test_best_values_are_marked_per_batch_size():
@@ -127,6 +130,9 @@ def test_another_learning_rate_is_another_row_and_not_a_seed():
     assert ours["variant"].tolist() == ["lr 0.1", "lr 0.2"]
     assert ours["runs"].tolist() == [2, 1]
     assert table2([run("pgt", 61, lr=0.1)])["variant"].iloc[0] == ""
+    # Rows of two methods at two rates: each says its own,
+    table = table2([run("baseline", 60, lr=0.1), run("pgt", 61, lr=0.02)])
+    assert table[table["runs"] > 0]["variant"].tolist() == ["lr 0.1", "lr 0.02"]
 
 
 def test_pairs_prefer_the_baseline_of_the_same_recipe_and_never_mix_recipes():

@@ -20,7 +20,8 @@ from pgt_diag.sweep.status import RowStatus, State
 class Estimate:
     """What one row still takes: seconds, bytes at most, and where the seconds are known from.
 
-    flops is what is left to compute, memory_bytes what a step needs at least, in float32.
+    flops is what is left to compute, memory_bytes what a step needs at least, in float32, in each
+    of the processes that share it.
     """
 
     seconds: float
@@ -30,9 +31,10 @@ class Estimate:
     memory_bytes: int = 0
 
 
-def estimate(statuses: Sequence[RowStatus], folder: Path) -> list[Estimate]:
+def estimate(statuses: Sequence[RowStatus], folder: Path, processes: int = 1) -> list[Estimate]:
     """Return what each of these rows takes, 0 for those that are finished.
 
+    processes: how many share each batch. Seconds that are measured are those of one process.
     Raises what `pgt_diag.training.plan` does.
     """
     finished = [
@@ -53,7 +55,7 @@ def estimate(statuses: Sequence[RowStatus], folder: Path) -> list[Estimate]:
         if shape not in measured:
             plan = training.plan(shape, folder / ".plan")
             seconds = 0.0 if like else _measure(shape, plan)
-            measured[shape] = seconds, plan.disk_bytes, _cost(shape, plan)
+            measured[shape] = seconds, plan.disk_bytes, _cost(shape, plan, processes)
         seconds, disk_bytes, cost = measured[shape]
         if like:
             seconds = statistics.fmean(like)
@@ -113,9 +115,11 @@ def _shape(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, **(values | {"warmup_epochs": 0.0}))
 
 
-def _cost(config: RunConfig, plan: Plan) -> Cost:
+def _cost(config: RunConfig, plan: Plan, processes: int) -> Cost:
+    # A process has its share of the batch in as many parts.
+    parts = min(config.batch_size, config.accumulate * processes)
     return run_cost(
-        config,
+        dataclasses.replace(config, accumulate=parts),
         train_images=plan.train_images,
         test_images=plan.test_images,
         image_size=plan.image_size,

@@ -63,6 +63,15 @@ class Row:
             network = re.sub(r"[^\w.]", "_", config.model.rpartition("/")[2])[:40] + "-"
         return f"{network}{config.method}{alpha}-b{config.batch_size}-s{config.seed}-{digest}"
 
+    def anywhere(self) -> "Row":
+        """Return the row for a process of any working directory: its data's path is absolute."""
+        data = self.config.data
+        if data is None or data.startswith("~"):
+            return self
+        return dataclasses.replace(
+            self, config=dataclasses.replace(self.config, data=str(Path(data).absolute()))
+        )
+
     def command(self, directory: Path, processes: int = 1) -> list[str]:
         """Return the `pgt-diag train` command that makes this run, or goes on with it."""
         start = compose(self.preset, {}, {})[0]

@@ -1,5 +1,6 @@
 """A row's run made by several processes that share every batch: `pgt-diag train --nproc`."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pgt_diag.distributed import PARENT_VARIABLE
 from pgt_diag.errors import NoSpaceError, PgtDiagError
 from pgt_diag.sweep.grid import Row
 
@@ -20,8 +22,9 @@ def train_in_processes(
 ) -> None:
     """Make a row's run, or go on with it; `look` is called now and then meanwhile.
 
-    Raises NoSpaceError for a full disk, KeyboardInterrupt when `stop` said so and it has stopped
-    with a checkpoint, and PgtDiagError, with the last line that was told, for anything else.
+    When this process is killed, so are those. Raises NoSpaceError for a full disk,
+    KeyboardInterrupt when `stop` said so and it has stopped with a checkpoint, and PgtDiagError,
+    with the last line that was told, for anything else.
     """
     command = row.command(directory, processes)
     with tempfile.TemporaryFile() as told:
@@ -29,6 +32,7 @@ def train_in_processes(
             [sys.executable, "-m", "pgt_diag", *command[1:], "--json"],
             stdout=subprocess.DEVNULL,
             stderr=told,
+            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,  # a terminal's Ctrl-C comes to it through us
         )
         try:

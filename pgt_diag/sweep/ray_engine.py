@@ -6,10 +6,12 @@ tried again, and a sweep that is started again, go on from what they find there.
 
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def make_rows_on_ray(
 
     address: of a cluster, as `ray.init` takes it; by default this machine alone. By default a run
     has a GPU for each of its `processes` where it may use one and there is any, and a CPU for each
-    of these and for what reads their images.
+    of these and for what reads their images, as far as a machine has as many. Several runs share a
+    GPU of which each asks for a part. All processes of a run are on one machine.
     Raises what `making.make_row` does, and ConfigurationError when Ray cannot be used.
     """
     try:
@@ -54,7 +57,7 @@ def make_rows_on_ray(
     _connect(ray, address)
     try:
         storage.make_folder(folder)
-        have: dict[str, float] = ray.cluster_resources()
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         task = ray.remote(max_retries=_RETRIES)(_task)
         while len(results) < len(rows):
             active: dict[Any, Row] = {}
@@ -67,9 +70,10 @@ def make_rows_on_ray(
                     if status.state is not State.RUNNING:
                         results[row] = status
                     continue
-                cpus, gpus = _resources(row, have, processes, cpus_per_run, gpus_per_run)
+                cpus, gpus = _resources(row, machines, processes, cpus_per_run, gpus_per_run)
                 placed = task.options(num_cpus=cpus, num_gpus=gpus, name=row.name)
-                active[placed.remote(row, folder, stop_file, processes, retry_failed)] = row
+                task_row = row.anywhere()
+                active[placed.remote(task_row, folder, stop_file, processes, retry_failed)] = row
             _collect(ray, active, folder, results, listener, stop, stop_file)
             if not active and len(results) < len(rows):
                 if stop():
@@ -84,6 +88,7 @@ def make_rows_on_ray(
 _RETRIES = 3
 """How often a task is started again whose process was killed, by a full memory for example."""
 _LOOK_SECONDS = 2.0
+_CONNECT_SECONDS = 10.0
 _LOADERS = 8
 """CPUs that a run on an image folder is given when its number of loading processes is not."""
 _Answer = RowStatus | PgtDiagError | None
@@ -91,6 +96,8 @@ _Answer = RowStatus | PgtDiagError | None
 
 def _connect(ray: Any, address: str | None) -> None:
     """Start Ray, or connect to a cluster's."""
+    if address:
+        _check_address(address)
     # Ray's dashboard and its usage report talk to a network; neither is asked for.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray takes SIGTERM for itself; who called us may want it.
@@ -109,6 +116,20 @@ def _connect(ray: Any, address: str | None) -> None:
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _check_address(address: str) -> None:
+    """Raise ConfigurationError when nothing answers there: Ray itself would ask for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or what Ray explains better
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(
+            f"ray-address is {address}, and nothing answers there ({error}); start the cluster "
+            "with `ray start --head`, or leave --ray-address out for this machine alone"
+        ) from None
 
 
 def _task(row: Row, folder: Path, stop_file: Path, processes: int, retry_failed: bool) -> _Answer:
@@ -168,36 +189,55 @@ def _collect(
             if isinstance(answer, PgtDiagError):
                 ending = ending or answer
             elif answer is not None and answer.state is not State.RUNNING:
-                results[row] = answer
-                listener.changed(answer)
+                results[row] = replace(answer, row=row)
+                listener.changed(results[row])
         if ending is None and stop():
             ending = KeyboardInterrupt()
         if ending is not None and not stop_file.exists():
             # Workers write a checkpoint and return; what has not begun returns at its first look.
             stop_file.touch()
-        for row in waiting.values():
-            status = status_of(row, folder)
-            if status.state is State.RUNNING:
-                listener.changed(status)
+        statuses = [status_of(row, folder) for row in waiting.values()]
+        running = [status for status in statuses if status.state is State.RUNNING]
+        for status in running:
+            listener.changed(status)
+        if ending is not None and not running:
+            break  # what waits for its turn may wait for others than us, and need not be awaited
     if ending is not None:
         raise ending
 
 
 def _resources(
-    row: Row, have: dict[str, float], processes: int, cpus: float | None, gpus: float | None
+    row: Row,
+    machines: Sequence[dict[str, float]],
+    processes: int,
+    cpus: float | None,
+    gpus: float | None,
 ) -> tuple[float, float]:
+    """Return the CPUs and GPUs of a row's task; machines: what each of the cluster's has.
+
+    Raises ConfigurationError for what no machine has.
+    """
     if gpus is None:
-        wanted = row.config.device is not Device.CPU and have.get("GPU", 0) >= 1
+        wanted = row.config.device is not Device.CPU and _most("GPU", machines) >= 1
         gpus = processes if wanted else 0
+    with_gpus = [machine for machine in machines if machine.get("GPU", 0) >= gpus]
     if cpus is None:
-        workers = row.config.workers
-        if workers is None:
-            workers = _LOADERS if row.config.dataset is DatasetName.IMAGEFOLDER else 0
-        cpus = min(processes * max(1, workers), have.get("CPU", 1))
-    for name, asked in (("CPU", cpus), ("GPU", gpus)):
-        if asked > have.get(name, 0):
+        cpus = min(processes * max(1, _loaders(row)), _most("CPU", with_gpus) or 1)
+    for name, asked, found in (("GPU", gpus, machines), ("CPU", cpus, with_gpus)):
+        if asked > _most(name, found):
+            besides = " that has the GPUs" if gpus and name == "CPU" else ""
             raise ConfigurationError(
-                f"{name.lower()}s-per-run is {asked:g}, and Ray has {have.get(name, 0):g} "
-                f"{name}s; a run would wait for ever"
+                f"{name.lower()}s-per-run is {asked:g}, and no machine of Ray's{besides} has more "
+                f"than {_most(name, found):g} {name}s; a run would wait for ever"
             )
     return cpus, gpus
+
+
+def _loaders(row: Row) -> int:
+    if row.config.workers is not None:
+        return row.config.workers
+    return _LOADERS if row.config.dataset is DatasetName.IMAGEFOLDER else 0
+
+
+def _most(name: str, machines: Sequence[dict[str, float]]) -> float:
+    return max((machine.get(name, 0) for machine in machines), default=0)

@@ -3,7 +3,9 @@
 Standard library only.
 """
 
+import hashlib
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from pgt_diag import storage
 from pgt_diag.sweep.grid import Row
 
 SCRIPT_FILE = "sweep.sbatch"
-ROWS_FILE = "rows.txt"
+SETUP_FILE = "setup.sh"
+"""A user's own, in the sweep's folder: what a task does before its run, such as module load."""
 
 
 def write_job_array(
@@ -25,13 +28,16 @@ def write_job_array(
     """Write the rows' commands and the script for `sbatch` into the sweep's folder; return it.
 
     A row that runs into its time limit, or is preempted, writes a checkpoint and is put back
-    into the queue, where it goes on.
+    into the queue, where it goes on. The tasks use the pgt-diag of this process, wherever they
+    are submitted from.
     """
     folder = folder.absolute()
     storage.make_folder(folder)
-    lines = [shlex.join(row.command(folder / row.name, processes)) for row in rows]
-    # The rows first: a script never counts more than there are.
-    storage.write(folder / ROWS_FILE, "".join(f"{line}\n" for line in lines).encode())
+    commands = [row.anywhere().command(folder / row.name, processes) for row in rows]
+    lines = "".join(f"{shlex.join(command)}\n" for command in commands).encode()
+    # Named by content: a job array that still waits keeps the rows that it was submitted with.
+    rows_file = folder / f"rows-{hashlib.sha256(lines).hexdigest()[:8]}.txt"
+    storage.write(rows_file, lines)
     wanted = [f"#SBATCH --cpus-per-task={cpus_per_run:.0f}"] if cpus_per_run else []
     wanted += [f"#SBATCH --gpus-per-node={gpus_per_run:.0f}"] if gpus_per_run else []
     # A space would end the value of an #SBATCH line.
@@ -41,7 +47,9 @@ def write_job_array(
         count=len(rows),
         log=log,
         wanted="".join(f"{line}\n" for line in wanted),
-        rows=shlex.quote(str(folder / ROWS_FILE)),
+        rows=shlex.quote(str(rows_file)),
+        setup=shlex.quote(str(folder / SETUP_FILE)),
+        programs=shlex.quote(str(Path(sys.executable).parent)),
     )
     path = folder / SCRIPT_FILE
     storage.write(path, script.encode())
@@ -60,20 +68,29 @@ _SCRIPT = """\
 {wanted}
 row=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {rows})
 if [ -z "$row" ]; then
-  echo "rows.txt has no row $SLURM_ARRAY_TASK_ID; run pgt-diag sweep again" >&2
+  echo "$(basename {rows}) has no row $SLURM_ARRAY_TASK_ID; run pgt-diag sweep again" >&2
   exit 2
 fi
+# The pgt-diag that wrote this; then whatever a cluster needs besides, such as module load.
+PATH={programs}:"$PATH"
+if [ -e {setup} ]; then . {setup}; fi
 
-# Slurm tells this shell a minute before the end; training then stops with a checkpoint.
-stopped=
-trap 'stopped=1; kill -USR1 "$run" 2>/dev/null' USR1 TERM
+# Slurm tells this shell a minute before the end; training then stops with a checkpoint, and goes
+# on when its turn comes again. After SIGTERM (a preemption, scancel) Slurm decides that itself.
+late=
+trap 'late=1; kill -USR1 "$run" 2>/dev/null' USR1
+trap 'kill -TERM "$run" 2>/dev/null' TERM
 eval "exec $row" &
 run=$!
 wait "$run"; code=$?
 while kill -0 "$run" 2>/dev/null; do wait "$run"; code=$?; done
+# A signal ends a wait as well: the run's own code is what a further one returns, if it does.
+wait "$run" 2>/dev/null; again=$?
+if [ "$again" -ne 127 ]; then code=$again; fi
 
-if [ -n "$stopped" ] && [ "$code" -eq 130 ] && command -v scontrol >/dev/null; then
-  scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
-fi
+# 138 is SIGUSR1 before Python listened to it.
+case "$late $code" in "1 130"|"1 138")
+  command -v scontrol >/dev/null && scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+esac
 exit "$code"
 """
