@@ -87,10 +87,13 @@ class Tap:
 
 
 class Hook:
-    """A module hook that stays behind when its model is copied or saved: there it does nothing."""
+    """A module hook that torch.compile leaves as it is: traced, it would be compiled for each call.
+
+    It stays behind when its model is copied or saved: there it does nothing.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
+        self._function: Any = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function."""
@@ -152,6 +155,14 @@ class ActivationFinder:
             for name, taps in found.items()
             if None not in taps
         }
+
+    def is_compiled(self, output: Any) -> bool:
+        """Whether torch.compile made the watched pass: its graph does not show single operations.
+
+        `output` is what the model returned.
+        """
+        roots = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+        return any("CompiledFunction" in node.name() for node in [*roots, *_consumers(roots)])
 
     def _tap(
         self, name: str, call: int, node: Node | None, consumers: dict[Node, list[Node]]

@@ -6,6 +6,7 @@ hooks at those calls only. They reduce a map at once and keep no tensor.
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +68,7 @@ class MapObserver:
         self._readers: dict[Call, dict[Reading, list[str]]] = {}
         self._handles = [
             model.register_forward_pre_hook(Hook(self._before_forward)),
-            model.register_forward_hook(Hook(self._after_forward)),
+            model.register_forward_hook(Hook(self._after_forward), with_kwargs=True),
         ]
         trained = [p for p in model.parameters() if p.requires_grad and p.is_leaf]
         self._witness = trained[0] if trained else None
@@ -91,10 +92,8 @@ class MapObserver:
 
     def capture(self, layer: str, images: Tensor) -> Tensor:
         """Return the map of a convolution for these images, in eval mode and without gradient."""
-        modes = [(module, module.training) for module in self._model.modules()]
-        self._model.eval()
         captured: list[Tensor] = []
-        try:
+        with self._evaluating():
             if not self.ready:
                 # The first forward pass of all finds the taps, from its autograd graph.
                 with torch.enable_grad():
@@ -104,12 +103,11 @@ class MapObserver:
                     f"the map of '{layer}' cannot be seen in the forward pass; name it with taps"
                 )
             self._capture = (self._taps[layer][0], captured)
-            with torch.no_grad():
-                self._model(images)
-        finally:
-            self._capture = None
-            for module, training in modes:
-                module.training = training
+            try:
+                with torch.no_grad():
+                    self._model(images)
+            finally:
+                self._capture = None
         return captured[0]
 
     def _before_forward(self, model: nn.Module, _: tuple[Any, ...]) -> None:
@@ -140,13 +138,40 @@ class MapObserver:
             and self._witness.grad is None
         )
 
-    def _after_forward(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(
+        self, _: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
         if self._finder is not None:
             finder, self._finder = self._finder, None
             finder.stop()
-            self._start(finder.taps(output))
+            compiled = finder.is_compiled(output)
+            self._start(self._find(arguments, named) if compiled else finder.taps(output))
         self._seen_training_pass |= self._training_pass
         self._training_pass = False
+
+    def _find(
+        self, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> dict[str, tuple[Tap, ...]]:
+        """Return the taps of a compiled model, from a pass that is not, in eval mode."""
+        finder = ActivationFinder(self._model, lambda *_: None)
+        with self._evaluating():
+            finder.start()
+            try:
+                with torch.enable_grad():
+                    output = self._model.forward(*arguments, **named)
+            finally:
+                finder.stop()
+        return finder.taps(output)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def _start(self, taps: dict[str, tuple[Tap, ...]]) -> None:
         """Put hooks where the first forward pass showed the maps, and add what it showed."""

@@ -265,3 +265,31 @@ def test_the_recorder_counts_who_is_dead_now(tmp_path: Path) -> None:
             counts.append(recorder.dead_filters)
     # Filter 1 is dead from 0, filter 3 from 12, and both count after ten iterations.
     assert counts == [0] * 9 + [1] * 12 + [2] * 4 + [1] * 5
+
+
+@pytest.mark.parametrize("way", ["a compiled copy", "compiled in place"])
+def test_a_compiled_model_is_recorded_as_one_that_is_not(way: str, tmp_path: Path) -> None:
+    def record(name: str, *, compiled: bool) -> pgt_diag.Run:
+        model = small_net()
+        with torch.no_grad():
+            model[2].weight[1] = -1
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        called: nn.Module = model
+        if compiled and way == "compiled in place":
+            model.compile(backend="aot_eager")
+        elif compiled:
+            called = torch.compile(model, backend="aot_eager")
+        with pgt_diag.FilterRecorder(model, tmp_path / name, optimizer=optimizer):
+            train_steps(called, optimizer)
+        return pgt_diag.load_run(tmp_path / name)
+
+    one, other = record("compiled", compiled=True), record("plain", compiled=False)
+    assert other.state_counts("silent")["2"].tolist() == [1, 1, 1]
+    assert [layer.activation for layer in one.layers] == [
+        layer.activation for layer in other.layers
+    ]
+    for layer in ("0", "2"):
+        assert one.weight_norms(layer).equals(other.weight_norms(layer))
+        assert one.gradient_norms(layer).equals(other.gradient_norms(layer))
+    assert one.gap_norms().equals(other.gap_norms())
+    assert one.events.equals(other.events)
