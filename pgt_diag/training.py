@@ -541,8 +541,7 @@ class _Session:
                 if self.recorder.steps in snapshots:
                     self._snapshot()
                     snapshots.discard(self.recorder.steps)
-                lr = self._learning_rate(self.recorder.steps)
-                position.sums += self.step(parts, lr)
+                position.sums += self._step(parts)
                 position.batch += 1
                 listener.iterated(meter.progress(position.epoch, self.recorder))
                 self._save_when_due(stop)
@@ -577,6 +576,9 @@ class _Session:
         if self.recorder.steps in snapshots:
             self._snapshot()
         self._save_checkpoint(kept=1)
+
+    def _step(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.step(parts, self._learning_rate(self.recorder.steps))
 
     def _learning_rate(self, iteration: int) -> float:
         return learning_rate(self.config, iteration, self.data.batches_per_epoch)

@@ -875,8 +875,8 @@ def epoch_started_over() -> None:
 
     def from_the_start(*arguments: Any, **options: Any) -> Any:
         data = load_data(*arguments, **options)
-        batches = data.train_batches
-        data.train_batches = lambda epoch, _: batches(epoch, 0)  # type: ignore[method-assign]
+        batches = data.raw_batches
+        data.raw_batches = lambda epoch, _: batches(epoch, 0)  # type: ignore[method-assign]
         return data
 
     training.load_data = from_the_start
