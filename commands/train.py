@@ -35,6 +35,7 @@ from pgt_diag.config import (
     read_toml,
 )
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.parent import end_with_parent
 
 if TYPE_CHECKING:
     from commands.console import TrainingConsole
@@ -238,6 +239,8 @@ def train(
     ),
 ) -> None:
     """Train a network, by default non-BN ResNet-18 on embedded digits, and record every filter."""
+    if _is_launched():
+        end_with_parent()  # which may die before torch is loaded
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
     preset = preset or file_preset

@@ -11,6 +11,8 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pgt_diag.parent import LAUNCHER
+
 RESTARTS = 3
 _INTERRUPTED = 130
 
@@ -30,6 +32,7 @@ def launch(
     logging.disable(logging.CRITICAL)
     # With the store shared, a killed process hung or aborted every third restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ[LAUNCHER] = str(os.getpid())
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     name = ""
