@@ -18,6 +18,7 @@ import pytest
 
 from pgt_diag import checkpoint, storage, trace
 from pgt_diag.check import check_run
+from pgt_diag.directory import RunDirectory
 from pgt_diag.errors import RunDirectoryError
 from pgt_diag.resuming import resume_point
 from pgt_diag.run import Run, load_run
@@ -225,6 +226,17 @@ def test_a_file_that_did_not_change_for_long_is_read_once(
     storage.verify(file, found)
     storage.verify(file, found)
     assert len(read) == 1
+
+
+def test_entries_that_could_not_be_read_again_are_not_written(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(
+        RunDirectoryError, match=r"run\.json: would have .* most of them bad_images"
+    ):
+        directory.update({"bad_images": [{"path": "x" * 1000}] * 20_000})
+    directory.unlock()
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
 
 
 @pytest.fixture(scope="module")

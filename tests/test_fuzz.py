@@ -4,6 +4,8 @@ Checksums hold in all of these: whoever makes a run directory up can make them h
 """
 
 import contextlib
+import hashlib
+import io
 import itertools
 import random
 import shutil
@@ -12,6 +14,7 @@ import string
 import subprocess
 import sys
 import tomllib
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,9 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pgt_diag import checkpoint, trace
 from pgt_diag.config import _RANGES, _TYPES
+from pgt_diag.errors import RunDirectoryError
 from tests import strangers
 from tests.damage import (
     COMMANDS,
@@ -126,7 +131,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(group, name, which, id=f"{group}-{place}", marks=marks)
 
 
-@pytest.mark.parametrize(("group", "name", "which"), cases())
+@pytest.mark.parametrize(("group", "name", "which"), list(cases()))
 def test_a_hostile_run_ends_in_one_line_at_most(
     group: str,
     name: str,
@@ -219,6 +224,32 @@ def test_a_file_that_unpacks_to_gigabytes_does_not_fill_the_memory(
         )
         assert result.returncode in EXIT_CODES, result.stderr[-2000:]
         assert "Traceback" not in result.stderr
+
+
+def storage_of(size: int) -> bytes:
+    """Return a torch file with a tensor of four numbers that says its storage has `size` bytes."""
+    buffer = io.BytesIO()
+    torch.save({"x": torch.arange(4, dtype=torch.uint8)}, buffer)
+    with zipfile.ZipFile(buffer) as file:
+        records = {entry.filename: file.read(entry) for entry in file.infolist()}
+    (name,) = (name for name in records if name.endswith("data.pkl"))
+    four = b"K\x04"  # as pickled, of the storage and of the tensor
+    assert records[name].count(four) == 2
+    records[name] = records[name].replace(four, b"J" + size.to_bytes(4, "little"))
+    return strangers.archive_stored(records)
+
+
+def test_a_checkpoint_cannot_make_memory_beyond_its_bytes_readable(tmp_path: Path) -> None:
+    for size, refused in ((4, False), (100_000, True)):
+        data = storage_of(size)
+        digest = hashlib.sha256(data).hexdigest()
+        path = tmp_path / f"checkpoint-{size:012d}-{digest}.pt"
+        path.write_bytes(data)
+        if refused:
+            with pytest.raises(RunDirectoryError, match="is no checkpoint"):
+                checkpoint.load(path)
+        else:
+            assert checkpoint.load(path)["x"].tolist() == [0, 1, 2, 3]
 
 
 # Configurations
