@@ -250,6 +250,8 @@ def read_snapshots(paths: Iterable[Path]) -> tuple[FeatureMaps, ...]:
             raise
         except _UNREADABLE as error:
             raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+        if snapshots[-1].iteration in {each.iteration for each in snapshots[:-1]}:
+            raise RunDirectoryError(f"{path}: another snapshot is of the same iteration")
         left -= snapshots[-1].maps.nbytes + snapshots[-1].images.nbytes
     return tuple(snapshots)
 
@@ -290,8 +292,8 @@ def _decode_feature_maps(path: Path, limit: int) -> FeatureMaps:
         raise ValueError("maps, images and labels do not belong together")
     if maps.maps.dtype != np.float32 or maps.images.dtype != np.uint8:
         raise ValueError("not float32 maps of uint8 images")
-    if not 0 <= maps.iteration < MAX_COUNT or min(*maps.maps.shape, *maps.images.shape) < 1:
-        raise ValueError("there is nothing in it, or its iteration cannot be")
+    if maps.iteration != int(match[1]) or min(*maps.maps.shape, *maps.images.shape) < 1:
+        raise ValueError("there is nothing in it, or it is of another iteration than its name says")
     return maps
 
 

@@ -231,9 +231,7 @@ def test_a_file_that_did_not_change_for_long_is_read_once(
 def test_entries_that_could_not_be_read_again_are_not_written(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path / "run")
     before = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(
-        RunDirectoryError, match=r"run\.json: would have .* most of them bad_images"
-    ):
+    with pytest.raises(RunDirectoryError, match=r"would have .* most of them bad_images"):
         directory.update({"bad_images": [{"path": "x" * 1000}] * 20_000})
     directory.unlock()
     assert (tmp_path / "run" / "run.json").read_bytes() == before

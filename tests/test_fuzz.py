@@ -543,6 +543,23 @@ def test_no_changed_run_makes_a_traceback_or_hangs(
     check_runs([finished, interrupted], RUNS, 0, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("a snapshot many times", "it is of another iteration than its name says"),
+        ("every snapshot the same", "it is of another iteration than its name says"),
+        ("two snapshots of an iteration", "another snapshot is of the same iteration"),
+    ],
+)
+def test_an_iteration_has_one_snapshot(
+    name: str, told: str, finished: Path, tmp_path: Path
+) -> None:
+    change = GROUPS["feature maps"][name]
+    (tmp_path / "target").mkdir()
+    code, error = survive(finished, tmp_path / "target", change, ["report"])["report"]
+    assert (code, told in error) == (3, True)
+
+
 @pytest.mark.long
 def test_no_changed_run_of_a_thousand_makes_a_traceback(
     finished: Path, interrupted: Path, tmp_path: Path
