@@ -121,8 +121,9 @@ def read_table(
     """Read one Parquet file whose content has one of these fingerprints.
 
     Columns it lacks are left out. limit: bytes of memory that its content may take; by default
-    those of a whole table. Raises RunDirectoryError, naming the file, when it is damaged or would
-    take more, and FileNotFoundError.
+    those of a whole table; infinite for a file that this process has written. Raises
+    RunDirectoryError, naming the file, when it is damaged or would take more, and
+    FileNotFoundError.
     """
     limit = max_table_bytes() if limit is None else limit
     with storage.verified(path, fingerprints) as file:
@@ -146,11 +147,12 @@ def _decode(file: BufferedReader, columns: Sequence[str] | None, limit: float) -
     ) as parquet:
         names = parquet.schema_arrow.names
         chosen = [name for name in names if columns is None or name in columns]
-        paths = tuple(f"{name}." for name in chosen)
-        needed = decoded_bytes(file, metadata, lambda path: f"{path}.".startswith(paths))
-        packed = _FREE_DECODED_BYTES + _MAX_RATIO * os.fstat(file.fileno()).st_size
-        if needed > min(limit, packed):
-            raise ValueError(f"says it holds {needed:,} bytes; not read")
+        if limit < math.inf:
+            paths = tuple(f"{name}." for name in chosen)
+            needed = decoded_bytes(file, metadata, lambda path: f"{path}.".startswith(paths))
+            packed = _FREE_DECODED_BYTES + _MAX_RATIO * os.fstat(file.fileno()).st_size
+            if needed > min(limit, packed):
+                raise ValueError(f"says it holds {needed:,} bytes; not read")
         return _decode_texts(parquet.read(columns=chosen), limit)
 
 
