@@ -276,7 +276,7 @@ def test_a_run_killed_at_any_instant_is_resumed_to_the_bit(kills: int, lab: Lab)
 
     expect_none(lab.all(check, range(kills)))
     # Kills that hit no run at work would prove nothing.
-    writing = [each for each in outcomes if each.inside & {"checkpoint", "flush", "merge"}]
+    writing = [each for each in outcomes if each.inside & {"checkpoint", "flush"}]
     starting = [each for each in outcomes if not each.steps]
     spread = Counter(name for each in outcomes for name in each.inside or {"step"})
     print(f"{kills} kills, {len(starting)} before the first step: {dict(spread)}")
