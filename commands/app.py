@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 
 import pgt_diag
 from commands import bench, check, doctor, report, show, sweep, train, watch
+from pgt_diag.config import nearest
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.text import printable
 
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PgtDiagError as error:
         return _fail(str(error), error.exit_code)
     except USAGE_ERROR as error:
-        return _fail(error.format_message(), 2)
+        return _fail(_usage(error), 2)
     except OSError as error:
         # A path that the system refuses, wherever it is first touched.
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 3)
@@ -83,6 +84,16 @@ def main(arguments: list[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return int(code or 0)
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong in how a command was typed; of an unknown option, which one is meant."""
+    option = getattr(error, "option_name", None) or ""
+    if error.ctx is None or not option.startswith("--") or not hasattr(error, "possibilities"):
+        return str(error.format_message())
+    names = [name for option in error.ctx.command.params for name in option.opts]
+    by_key = {name.lstrip("-").replace("-", "_"): name for name in names if name.startswith("--")}
+    return f"no such option: {option}; did you mean {by_key[nearest(option.lstrip('-'), by_key)]}?"
 
 
 def _fail(message: str, code: int) -> int:

@@ -32,9 +32,12 @@ from pgt_diag.config import (
     Schedule,
     Stem,
     compose,
+    located,
+    option_name,
     read_toml,
 )
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.parent import end_with_parent
 
 if TYPE_CHECKING:
     from commands.console import TrainingConsole
@@ -62,7 +65,14 @@ class Resume(StrEnum):
 
 
 class TrainCommand(TyperCommand):
-    """Lets `--resume` stand alone, which typer has no way to say."""
+    """Lets `--resume` stand alone, and mistakes name what was typed: typer has no way to say it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Have a mistake in the configuration name the option, or the file, that it is in."""
+        try:
+            return super().invoke(ctx)
+        except ConfigurationError as error:
+            raise ConfigurationError(located(str(error), **(ctx.obj or {}))) from None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a lone `--resume` as `--resume required`."""
@@ -74,7 +84,7 @@ class TrainCommand(TyperCommand):
 
 def _option(name: str, help_text: str, panel: str, **extra: Any) -> Any:
     """Return a typer option for the field of RunConfig that `name` spells."""
-    flag = f"--{name.replace('_', '-')}"
+    flag = option_name(name)
     default = getattr(DEFAULTS, name)
     if isinstance(default, bool):
         flag = f"{flag}/--no-{flag[2:]}"
@@ -237,10 +247,13 @@ def train(
     ),
 ) -> None:
     """Train a network, by default non-BN ResNet-18 on embedded digits, and record every filter."""
+    if _is_launched():
+        end_with_parent()  # which may die before torch is loaded
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
     preset = preset or file_preset
-    run_config, used_preset = compose(preset, file, given, source=str(config or ""))
+    ctx.obj = {"typed": given, "file": file, "path": config}
+    run_config, used_preset = compose(preset, file, given)
     processes = _processes(nproc)
     if batch_per is BatchPer.PROCESS:
         total = run_config.batch_size * processes
@@ -420,16 +433,14 @@ def _check_effect(given: dict[str, Any], config: RunConfig) -> None:
     method, schedule = config.method, config.schedule
     for key in given:
         if key in ("warmup_prefix", "cooldown_epochs") and schedule is not Schedule.COSINE:
-            option = f"--{key.replace('_', '-')}"
-            raise ConfigurationError(f"{option} has no effect with --schedule {schedule}")
+            raise ConfigurationError(f"{key} has no effect with --schedule {schedule}")
         unused = (
             (key == "alpha" and not method.uses_pgt)
             or (key == "clip_norm" and not method.uses_gc)
             or (key.startswith("agc_") and not method.uses_agc)
         )
         if unused:
-            option = f"--{key.replace('_', '-')}"
-            raise ConfigurationError(f"{option} has no effect with --method {method}")
+            raise ConfigurationError(f"{key} has no effect with --method {method}")
 
 
 def _integers(option: str, text: str) -> list[int]:

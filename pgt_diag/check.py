@@ -115,7 +115,7 @@ def _check_content(run: Run | None) -> list[str]:
     readings: tuple[Callable[[], object], ...] = (
         lambda: run.metrics,
         lambda: run.iterations,
-        lambda: [run.weight_norms(layer.name) for layer in run.layers],
+        lambda: _read_norms(run),
         lambda: run.events,
         lambda: run.brief_spells,
         lambda: run.feature_maps,
@@ -135,6 +135,11 @@ def _check_content(run: Run | None) -> list[str]:
         folder = run.path / trace.ITERATIONS_FOLDER
         problems.append(f"{folder}: {count:,} of {sealed:,} iterations are there")
     return problems
+
+
+def _read_norms(run: Run) -> None:
+    for layer in run.layers:
+        run.weight_norms(layer.name)
 
 
 def _iterations(run: Run | None) -> int | None:

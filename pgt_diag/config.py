@@ -271,10 +271,10 @@ def check_keys(values: Iterable[str], also: Iterable[str] = ()) -> None:
 
 def nearest(key: object, known: Iterable[str]) -> str:
     """Return the known key that is most like another, however little that is."""
-    text = str(key)[:_SHOWN].lower().replace("-", "_")
-    if text in _OFTEN_MEANT:
-        return _OFTEN_MEANT[text]
-    return difflib.get_close_matches(text, list(known), n=1, cutoff=0)[0]
+    text, known = str(key)[:_SHOWN].lower().replace("-", "_"), list(known)
+    if (meant := _OFTEN_MEANT.get(text)) in known:
+        return str(meant)
+    return difflib.get_close_matches(text, known, n=1, cutoff=0)[0]
 
 
 _OFTEN_MEANT = {
@@ -304,21 +304,28 @@ def shorten(value: object) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + "…"
 
 
-def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
-    """Read a configuration file: RunConfig's keys, with dashes or underscores, and `preset`.
+def parse_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's entries.
 
-    Raises ConfigurationError, naming the file, when it cannot be read or holds an unknown key.
+    Raises ConfigurationError, naming the file, when it cannot be read, or is too large for one.
     """
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_TOML_BYTES + 1)
         if len(data) > _MAX_TOML_BYTES:
             raise ValueError(f"has more than {_MAX_TOML_BYTES:,} bytes")  # noqa: TRY301
-        given = tomllib.loads(data.decode())
+        return tomllib.loads(data.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
+    """Read a configuration file: RunConfig's keys, with dashes or underscores, and `preset`.
+
+    Raises ConfigurationError, naming the file, when it cannot be read or holds an unknown key.
+    """
     values: dict[str, Any] = {}
-    for key, value in given.items():
+    for key, value in parse_toml(path).items():
         name = key.replace("-", "_")
         if name in values:
             raise ConfigurationError(f"{path}: {name} is given twice, as '{key}' too")
@@ -560,14 +567,13 @@ RESUMABLE_WITH = frozenset(
 
 
 def compose(
-    preset: Preset | None, file: dict[str, Any], options: dict[str, Any], source: str = ""
+    preset: Preset | None, file: dict[str, Any], options: dict[str, Any]
 ) -> tuple[RunConfig, Preset]:
     """Return a configuration: options before the file, the file before the preset's values.
 
     With no preset, the one of the data set. A preset's stem is left out for a model that has none
     to choose, and its warm-up is shortened to half of a shorter run; its batch size is the one that
     `lr` is for where `lr_rule` is linear and names no other. Also returns the preset that was used.
-    `source` is the file, for the message about a value of it.
     """
     dataset = options.get("dataset", file.get("dataset"))
     if preset is None:
@@ -580,11 +586,26 @@ def compose(
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
     if values.get("lr_rule") == LrRule.LINEAR and values.get("lr_base_batch") is None:
         values["lr_base_batch"] = PRESETS[preset]["batch_size"]
-    try:
-        return RunConfig.from_mapping(values), preset
-    except ConfigurationError as error:
-        named = {key for key in file if key not in options and re.search(rf"\b{key}\b", str(error))}
-        raise ConfigurationError(f"{source}: {error}" if named and source else str(error)) from None
+    return RunConfig.from_mapping(values), preset
+
+
+def located(
+    message: str,
+    typed: Iterable[str] = (),
+    file: Iterable[str] = (),
+    path: Path | None = None,
+) -> str:
+    """Return a mistake's message with the options of typed keys, and the path of a file's key."""
+    key = r"(?<![\w.-])[a-z_]+(?= (?:is|has) )"
+    options = {each: option_name(each) for each in typed}
+    named = set(re.findall(key, message)) - options.keys()
+    message = re.sub(key, lambda match: options.get(match[0], match[0]), message)
+    return f"{path}: {message}" if named & set(file) else message
+
+
+def option_name(key: str) -> str:
+    """Return the command line's name for a key of RunConfig."""
+    return f"--{key.replace('_', '-')}"
 
 
 TIMM = "timm/"

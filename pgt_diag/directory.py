@@ -29,7 +29,7 @@ FEATURE_MAPS_FOLDER = "feature_maps"
 FEATURE_MAPS_NAME = re.compile(r"iteration-(\d{12})-([0-9a-f]{16})\.npz")
 CHECKPOINTS_FOLDER = "checkpoints"
 SET_ASIDE_FOLDER = "set-aside"
-MAX_RUN_FILE_BYTES = MAX_METRICS_BYTES = 1 << 26
+MAX_RUN_FILE_BYTES, MAX_METRICS_BYTES = 1 << 24, 1 << 26
 _TRACE_FOLDERS = (
     trace.NORMS_FOLDER,
     trace.ITERATIONS_FOLDER,
@@ -153,7 +153,14 @@ class RunDirectory:
     def update(self, values: dict[str, Any]) -> None:
         """Merge `values` into run.json, atomically."""
         self._info |= values
-        storage.write(self.path / RUN_FILE, seal_info(self._info))
+        data = seal_info(self._info)
+        if len(data) > MAX_RUN_FILE_BYTES:
+            largest = max(self._info, key=lambda key: len(json.dumps(self._info[key], default=str)))
+            raise RunDirectoryError(
+                f"{self.path / RUN_FILE}: would have {len(data):,} bytes, most of them {largest}; "
+                f"no more than {MAX_RUN_FILE_BYTES:,} are read"
+            )
+        storage.write(self.path / RUN_FILE, data)
 
     def lock(self) -> None:
         """Keep other writers out until `finish`, or until this process ends."""

@@ -4,10 +4,7 @@ A process is a rank of torch.distributed, started by `torchrun` or by `pgt-diag 
 first one writes the run directory and speaks to people.
 """
 
-import ctypes
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,14 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pgt_diag.config import Device
 from pgt_diag.errors import ConfigurationError, DivergedError, PeerError, PgtDiagError
-
-PARENT_VARIABLE = "PGT_DIAG_PARENT"
-"""In the environment of `train --nproc`: the process with which it is to end."""
+from pgt_diag.parent import end_with_parent
 
 Value = TypeVar("Value")
 
 _EXCHANGE_SECONDS = 0.25
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -235,19 +229,6 @@ def resolve_device(device: Device) -> torch.device:
 def process_count() -> int:
     """Return how many processes the environment says train together, as torchrun sets it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def end_with_parent(parent: int | None = None) -> None:
-    """Have this process killed when the one that started it dies: nobody else would end it.
-
-    parent: that process, where this one may by now have been left behind by it.
-    """
-    if sys.platform != "linux":
-        return
-    parent = parent or os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_of_a_peer(error: BaseException) -> bool:

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pgt_diag.distributed import PARENT_VARIABLE, end_with_parent
+from pgt_diag.parent import LAUNCHER, end_with_parent
 
 RESTARTS = 3
 _INTERRUPTED = 130
@@ -28,8 +28,8 @@ def launch(
     with. Processes that a signal killed are started again, three times at most; all others end
     with the one that fails. `tell` gets a line for people.
     """
-    if parent := os.environ.pop(PARENT_VARIABLE, None):
-        end_with_parent(int(parent))
+    if LAUNCHER in os.environ:
+        end_with_parent()
     # The processes have told what there is to tell.
     logging.disable(logging.CRITICAL)
     # With the store shared, a killed process hung or aborted every third restart.
@@ -37,6 +37,7 @@ def launch(
     # Only Linux tells what of the machine is ours.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+    os.environ[LAUNCHER] = str(os.getpid())
     name = ""
     for attempt in range(RESTARTS + 1):
         codes = _run(processes, arguments(attempt > 0))

@@ -93,8 +93,8 @@ def _import_timm(name: str) -> Any:
 def _unknown(name: str, names: list[str], place: str) -> str:
     near = difflib.get_close_matches(name.lower(), names, n=3)
     if near:
-        return f"unknown model {name!r}; did you mean {' or '.join(near)}?"
-    return f"unknown model {name!r}; take one that {place} names"
+        return f"model is {name!r}, and there is none; did you mean {' or '.join(near)}?"
+    return f"model is {name!r}, and there is none; take one that {place} names"
 
 
 def _remove_batch_norm(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ import os
 import typing
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -239,14 +240,20 @@ def check_columns(table: pa.Table, folder: Path) -> None:
         raise RunDirectoryError(f"{folder}: a part has no column 'iteration'")
 
 
-def read_feature_maps(path: Path) -> FeatureMaps:
-    """Return one snapshot."""
-    try:
-        return _decode_feature_maps(path)
-    except FileNotFoundError:
-        raise
-    except _UNREADABLE as error:
-        raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+def read_snapshots(paths: Iterable[Path]) -> tuple[FeatureMaps, ...]:
+    """Return the snapshots in these files; all of them have to fit in memory."""
+    snapshots, left = [], storage.memory_share()
+    for path in paths:
+        try:
+            snapshots.append(_decode_feature_maps(path, min(left, _MAX_MAPS_BYTES)))
+        except FileNotFoundError:
+            raise
+        except _UNREADABLE as error:
+            raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+        if snapshots[-1].iteration in {each.iteration for each in snapshots[:-1]}:
+            raise RunDirectoryError(f"{path}: another snapshot is of the same iteration")
+        left -= snapshots[-1].maps.nbytes + snapshots[-1].images.nbytes
+    return tuple(snapshots)
 
 
 _UNREADABLE = (
@@ -265,13 +272,13 @@ _UNREADABLE = (
 """What NumPy and zipfile raise for a file that somebody made up."""
 
 
-def _decode_feature_maps(path: Path) -> FeatureMaps:
+def _decode_feature_maps(path: Path, limit: int) -> FeatureMaps:
     match = FEATURE_MAPS_NAME.fullmatch(path.name)
     data = storage.read(path, _MAX_MAPS_BYTES)
     if match is None or storage.fingerprint(data) != match[2]:
         raise ValueError("its content is not what was written")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
-        _check_npz(file)
+        _check_npz(file, limit)
         maps = FeatureMaps(
             iteration=int(file["iteration"]),
             layer=str(file["layer"]),
@@ -285,16 +292,17 @@ def _decode_feature_maps(path: Path) -> FeatureMaps:
         raise ValueError("maps, images and labels do not belong together")
     if maps.maps.dtype != np.float32 or maps.images.dtype != np.uint8:
         raise ValueError("not float32 maps of uint8 images")
-    if not 0 <= maps.iteration < MAX_COUNT or min(*maps.maps.shape, *maps.images.shape) < 1:
-        raise ValueError("there is nothing in it, or its iteration cannot be")
+    if maps.iteration != int(match[1]) or min(*maps.maps.shape, *maps.images.shape) < 1:
+        raise ValueError("there is nothing in it, or it is of another iteration than its name says")
     return maps
 
 
-def _check_npz(file: Any) -> None:
-    """Raise ValueError for an array that says it is larger than its bytes."""
+def _check_npz(file: Any, limit: int) -> None:
+    """Raise ValueError for an array that says it is larger than its bytes, or for too many."""
     for entry in file.zip.infolist():
-        if entry.file_size > _MAX_MAPS_BYTES:
-            raise ValueError(f"{entry.filename} says it has {entry.file_size:,} bytes")
+        limit -= entry.file_size
+        if limit < 0:
+            raise ValueError(f"{entry.filename} says it has {entry.file_size:,} bytes; not read")
         with file.zip.open(entry) as stream:
             version = np.lib.format.read_magic(stream)
             reader = {

@@ -39,10 +39,10 @@ from pgt_diag.reading import (
     check_columns,
     digests_of,
     is_locked,
-    read_feature_maps,
     read_info,
     read_layers,
     read_metrics,
+    read_snapshots,
 )
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Run:
         folder = self.path / FEATURE_MAPS_FOLDER
         storage.check_no_link(folder)
         paths = sorted(folder.glob("iteration-*.npz")) if folder.is_dir() else []
-        return tuple(read_feature_maps(path) for path in paths)
+        return read_snapshots(paths)
 
     def _vouched_for(self, name: str, read: Callable[[], bytes]) -> bytes:
         """Return a file's content, once it is one that run.json has the fingerprint of."""

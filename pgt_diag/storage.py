@@ -12,7 +12,6 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from pgt_diag.errors import RunDirectoryError, storage_error
@@ -99,6 +98,9 @@ def read(path: Path, limit: int) -> bytes:
     Raises RunDirectoryError, naming the file, and FileNotFoundError.
     """
     with opened(path, limit) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > memory_share():
+            raise RunDirectoryError(f"{path}: has {size:,} bytes, more than there is memory for")
         return file.read()
 
 
@@ -127,17 +129,38 @@ def verify(path: Path, fingerprints: tuple[str, ...]) -> None:
 
     Raises FileNotFoundError. A file that did not change since is not read again.
     """
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise RunDirectoryError(f"{path}: cannot be read: {error.strerror}") from None
-    # A second change within the clock's tick, or of the mtime, would not show in the key.
+    with opened(path, MAX_PART_BYTES) as file:
+        _verify(path, file, fingerprints)
+
+
+@contextlib.contextmanager
+def verified(path: Path, fingerprints: tuple[str, ...]) -> Iterator[io.BufferedReader]:
+    """Open a file as `read` does, once it is verified; what is read is what was verified.
+
+    One descriptor is verified and read, whatever its name leads to by then; on leaving,
+    RunDirectoryError is raised when its content has changed meanwhile.
+    """
+    with opened(path, MAX_PART_BYTES) as file:
+        _verify(path, file, fingerprints)
+        yield file
+        _verify(path, file, fingerprints)
+
+
+def _verify(path: Path, file: io.BufferedReader, fingerprints: tuple[str, ...]) -> None:
+    found = os.fstat(file.fileno())
+    identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    # A second change within the clock's tick, or of the mtime, would not show in the identity.
     settled = time.time_ns() - found.st_ctime_ns > _SETTLED_NS
-    read = _fingerprint_of if settled else _fingerprint_of.__wrapped__
-    key = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    if read(path, *key) not in fingerprints:
+    known = _known.get(identity) if settled else None
+    if known is None:
+        file.seek(0)
+        known = hashlib.file_digest(file, "sha256").hexdigest()[:FINGERPRINT_LENGTH]
+        file.seek(0)
+        if settled:
+            if len(_known) >= _KNOWN_FILES:
+                _known.clear()
+            _known[identity] = known
+    if known not in fingerprints:
         raise damaged(path)
 
 
@@ -161,7 +184,11 @@ def check_no_links(directory: Path) -> None:
                 raise RunDirectoryError(f"{path}: is a link; a run directory holds none")
 
 
-@lru_cache(maxsize=65536)
-def _fingerprint_of(path: Path, *_identity: int) -> str:
-    with opened(path, MAX_PART_BYTES) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:FINGERPRINT_LENGTH]
+def memory_share() -> int:
+    """Return how many bytes a run's content may take: half of what memory the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+_known: dict[tuple[int, ...], str] = {}
+"""The fingerprints of files that did not change since, by `os.stat`'s identity of their content."""
+_KNOWN_FILES = 1 << 16

@@ -8,19 +8,24 @@ are deleted, so a reader always finds every row exactly once: where parts overla
 holds all of the narrower.
 """
 
+import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pgt_diag import storage
 from pgt_diag.errors import RunDirectoryError
+from pgt_diag.pages import decoded_bytes
 
 NORMS_FOLDER = "trace"
 ITERATIONS_FOLDER = "iterations"
@@ -108,32 +113,67 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def read_table(
-    path: Path, fingerprints: tuple[str, ...], columns: Sequence[str] | None = None
+    path: Path,
+    fingerprints: tuple[str, ...],
+    columns: Sequence[str] | None = None,
+    limit: float | None = None,
 ) -> pa.Table:
     """Read one Parquet file whose content has one of these fingerprints.
 
-    Columns it lacks are left out. Raises RunDirectoryError, naming the file, when it is damaged or
-    would take unreasonable memory, and FileNotFoundError.
+    Columns it lacks are left out. limit: bytes of memory that its content may take; by default
+    those of a whole table; infinite for a file that this process has written. Raises
+    RunDirectoryError, naming the file, when it is damaged or would take more, and
+    FileNotFoundError.
     """
-    storage.verify(path, fingerprints)
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            schema = file.schema_arrow
-            chosen = [name for name in schema.names if columns is None or name in columns]
-            decoded = file.metadata.num_rows * sum(_row_bytes(schema.field(c)) for c in chosen)
-            packed = _FREE_DECODED_BYTES + _MAX_RATIO * path.stat().st_size
-            if not 0 <= decoded <= min(_MAX_DECODED_BYTES, packed):
-                raise RunDirectoryError(f"{path}: says it holds {decoded:,} bytes; not read")
-            return file.read(columns=chosen)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
+    limit = max_table_bytes() if limit is None else limit
+    with storage.verified(path, fingerprints) as file:
+        try:
+            return _decode(file, columns, limit)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
 
 
-def _row_bytes(field: pa.Field) -> int:
-    width = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
-    return 8 * int(width)
+def _decode(file: BufferedReader, columns: Sequence[str] | None, limit: float) -> pa.Table:
+    """Return the table; ValueError when it would take more than `limit` bytes of memory."""
+    metadata = pq.read_metadata(file)
+    # Read as a dictionary, a long text that many rows have is there once.
+    texts = [
+        column.path
+        for column in map(metadata.schema.column, range(metadata.num_columns))
+        if column.physical_type == "BYTE_ARRAY"
+    ]
+    with pq.ParquetFile(
+        file, metadata=metadata, page_checksum_verification=True, read_dictionary=texts
+    ) as parquet:
+        names = parquet.schema_arrow.names
+        chosen = [name for name in names if columns is None or name in columns]
+        if limit < math.inf:
+            paths = tuple(f"{name}." for name in chosen)
+            needed = decoded_bytes(file, metadata, lambda path: f"{path}.".startswith(paths))
+            packed = _FREE_DECODED_BYTES + _MAX_RATIO * os.fstat(file.fileno()).st_size
+            if needed > min(limit, packed):
+                raise ValueError(f"says it holds {needed:,} bytes; not read")
+        return _decode_texts(parquet.read(columns=chosen), limit)
+
+
+def _decode_texts(table: pa.Table, limit: float) -> pa.Table:
+    """Return the table with each row's text in place of its number in a dictionary."""
+    for place, field in enumerate(table.schema):
+        if not pa.types.is_dictionary(field.type):
+            continue
+        column = table.column(place)
+        for chunk in column.chunks:
+            limit -= len(chunk) * (pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0)
+            if limit < 0:
+                raise ValueError(f"column {field.name} holds too much text; not read")
+        column = column.cast(field.type.value_type)
+        table = table.set_column(place, field.name, column)
+    return table
+
+
+def max_table_bytes() -> int:
+    """Return how much memory the parts of one table may take, together."""
+    return min(_MAX_DECODED_BYTES, storage.memory_share())
 
 
 @dataclass(frozen=True)
@@ -145,9 +185,9 @@ class Part:
     last: int
     fingerprint: str
 
-    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+    def read(self, columns: Sequence[str] | None = None, limit: float | None = None) -> pa.Table:
         """Read it, as `read_table` does."""
-        return read_table(self.path, (self.fingerprint,), columns)
+        return read_table(self.path, (self.fingerprint,), columns, limit)
 
     def verify(self) -> None:
         """Raise RunDirectoryError when its content is not what was written."""
@@ -180,17 +220,25 @@ def read_parts(
 ) -> list[pa.Table]:
     """Read the parts of a table, in order, or only the newest one; their columns may differ.
 
-    Raises RunDirectoryError, naming the file, when a part is damaged.
+    Raises RunDirectoryError, naming the file, when a part is damaged, or they would take more
+    memory together than a table may.
     """
     for attempt in range(_READ_ATTEMPTS):
         try:
-            chosen = parts(folder)[-1:] if newest else parts(folder)
-            return [part.read(columns) for part in chosen]
+            return _read_all(parts(folder)[-1:] if newest else parts(folder), columns)
         except FileNotFoundError:
             # The run goes on, and its writer has just merged a part away: look again.
             if attempt == _READ_ATTEMPTS - 1:
                 raise
     raise AssertionError
+
+
+def _read_all(chosen: list[Part], columns: Sequence[str] | None) -> list[pa.Table]:
+    tables, left = [], max_table_bytes()
+    for part in chosen:
+        tables.append(part.read(columns, left))
+        left -= tables[-1].nbytes
+    return tables
 
 
 def write_part(folder: Path, table: pa.Table, first: int, last: int) -> Part:
@@ -261,7 +309,9 @@ class PartWriter:
         """Replace neighbouring parts by one; return it if it is still a small one."""
         if len(small) < 2:
             return small[0] if small else None
-        table = pa.concat_tables([part.read() for part in small]).combine_chunks()
+        # Whatever these take, it was in memory when they were written.
+        tables = [part.read(limit=math.inf) for part in small]
+        table = pa.concat_tables(tables).combine_chunks()
         merged = write_part(self.folder, table, small[0].first, small[-1].last)
         for part in small:
             storage.remove(part.path)

@@ -250,7 +250,7 @@ class _Session:
                 f"feature_map_layer is {config.feature_map_layer}; {config.model} has "
                 f"{layers} convolutions, counted from 0"
             )
-        images, _, _ = self.data.sample_images(2)
+        images, _, _ = self.data.sample_images(min(2, self.data.test_size))
         try:
             with torch.no_grad():
                 model.eval()(images)
@@ -613,7 +613,8 @@ class _Session:
         if not self.world.first:
             return
         config = self.config
-        images, originals, target = self.data.sample_images(config.feature_map_images)
+        count = min(config.feature_map_images, self.data.test_size)
+        images, originals, target = self.data.sample_images(count)
         labels = [self.data.classes[index] for index in target.tolist()]
         layer = config.feature_map_layer
         if layer is None:

@@ -53,7 +53,7 @@ LOSSES = ("names", "nothing", "removals")
 that was not synced since: all of them, none of them, or only what was removed from it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Fault:
     """Kill at one file operation: the `ordinal`-th in the `occurrence`-th entry of a section."""
 

@@ -20,6 +20,7 @@ import torch
 
 from pgt_diag import checkpoint, trace
 from pgt_diag.directory import open_info, seal_info
+from pgt_diag.storage import fingerprint
 from tests.damage import rename_to_content, reseal, vouch
 
 Change = Callable[[Path], object]
@@ -639,6 +640,12 @@ def map_changes(witness: Path) -> dict[str, Change]:
         "iteration infinite": maps_as(_set("iteration", np.float64("inf"))),
         "iteration of many": maps_as(_set("iteration", np.arange(5))),
         "every snapshot the same": maps_as(_set("iteration", np.int64(0))),
+        "a snapshot many times": lambda run: [
+            os.link(file, file.with_name(f"iteration-{number:012d}-{file.name[-20:]}"))
+            for file in sorted((run / "feature_maps").iterdir())[:1]
+            for number in range(100, 130)
+        ],
+        "two snapshots of an iteration": _second_snapshot,
         "a snapshot with an odd name": lambda run: shutil.copy2(
             sorted((run / "feature_maps").iterdir())[0], run / "feature_maps" / "iteration-x.npz"
         ),
@@ -647,6 +654,16 @@ def map_changes(witness: Path) -> dict[str, Change]:
         ).mkdir(),
     }  # fmt: skip
     return changes
+
+
+def _second_snapshot(run: Path) -> None:
+    file = min((run / "feature_maps").iterdir())
+    with np.load(file) as stored:
+        arrays = {**stored, "maps": 2 * stored["maps"]}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    name = f"{file.name[:22]}-{fingerprint(buffer.getvalue())}.npz"
+    file.with_name(name).write_bytes(buffer.getvalue())
 
 
 def checkpoint_changes(witness: Path) -> dict[str, Change]:

@@ -86,7 +86,7 @@ def test_the_table_names_the_machine_and_warns_of_other_load(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "resnet81"), "unknown model 'resnet81'; did you mean"),
+        (("--model", "resnet81"), "model is 'resnet81', and there is none; did you mean"),
         (("--model", "alexnet"), "alexnet cannot train on images of 8×8: "),
         (("--model", "alexnet", "--stem", "small"), "stem is small and model is alexnet"),
         (("--size", "0"), "Invalid value for '--size'"),

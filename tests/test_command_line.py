@@ -171,14 +171,16 @@ def folders(tmp_path: Path) -> Path:
 FOLDER = ["train", "--dataset=imagefolder", "--device=cpu", "--image-size=16", "--workers=0"]
 MISTAKES = {
     "unknown command": (["trian"], 2, "trian"),
-    "unknown option": (["train", "--leraning-rate=1"], 2, "--leraning-rate"),
+    "unknown option": (["train", "--epohcs=1"], 2, "--epohcs; did you mean --epochs"),
+    "an option that others have": (["train", "--learning-rate=1"], 2, "did you mean --lr\\?"),
+    "an option of another command": (["check", "--wd=1", "x"], 2, "no such option: --wd; did you"),
     "unknown method": (["train", "--method=sgd"], 2, "agc\\+pgt"),
     "unknown data set": (["train", "--dataset=mnist"], 2, "fashion-mnist"),
-    "unknown model": (["train", "--model=resnet19"], 2, "resnet18"),
+    "unknown model": (["train", "--model=resnet19"], 2, "--model is 'resnet19'.*resnet18"),
     "alpha out of range": (
         ["train", "--method=pgt", "--alpha=1.5"],
         2,
-        r"alpha is 1\.5; .*\[0, 1\]",
+        r"error: --alpha is 1\.5; .*\[0, 1\]",
     ),
     "no number": (["train", "--epochs=many"], 2, "--epochs"),
     "steps that are no numbers": (["train", "--step-epochs=a,b"], 2, "--step-epochs is 'a,b'"),
@@ -190,7 +192,7 @@ MISTAKES = {
         2,
         "--cooldown-epochs has no effect with --schedule step",
     ),
-    "momentum of 1": (["train", "--momentum=1"], 2, "momentum is 1.0; it must be less"),
+    "momentum of 1": (["train", "--momentum=1"], 2, "--momentum is 1.0; it must be less"),
     "a name that is too long": (["train", *TINY, "--run-dir=" + "x" * 300], 3, "cannot be used"),
     "name and directory": (["train", "--name=a", "--run-dir=b"], 2, "--run-dir and --name"),
     "a name that is a path": (["train", "--name=../a"], 2, "plain name"),
@@ -200,7 +202,11 @@ MISTAKES = {
         2,
         "decode is gpu, .* device is cpu: it needs a CUDA GPU",
     ),
-    "batch larger than the data": (["train", *TINY, "--batch-size=65"], 2, "65.*64"),
+    "batch larger than the data": (
+        ["train", *TINY, "--batch-size=65"],
+        2,
+        "--batch-size is 65.*64",
+    ),
     "missing folder": ([*FOLDER, "--data=nowhere"], 3, "nowhere"),
     "empty folder": ([*FOLDER, "--data=empty"], 3, "empty"),
     "folder with one class": (

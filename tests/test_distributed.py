@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -249,19 +250,46 @@ def test_a_signal_ends_all_processes_with_a_checkpoint(
     assert difference(contents(tmp_path / "run"), undisturbed) is None
 
 
+def is_training(path: Path, started: list[int]) -> bool:
+    return recorded(path)
+
+
+def is_starting(path: Path, started: list[int]) -> bool:
+    return len(started) == 2
+
+
+@pytest.mark.parametrize("when", [is_starting, is_training])
 def test_no_process_outlives_the_one_that_started_it(
-    undisturbed: dict[str, Any], tmp_path: Path
+    when: Callable[[Path, list[int]], bool], undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     process = start(cwd=tmp_path)
-    wait_for(lambda: recorded(tmp_path / "run"))
+    wait_for(lambda: when(tmp_path / "run", children(process.pid)))
     started = children(process.pid)
     assert len(started) == 2
     process.kill()
     process.communicate()
     wait_for(lambda: not any(map(is_running, started)))
+    assert recorded(tmp_path / "run") == (when is is_training)
+    if when is is_starting:
+        return
     code, told = run("--resume=auto", cwd=tmp_path)
     assert code == 0, told
     assert difference(contents(tmp_path / "run"), undisturbed) is None
+
+
+@pytest.mark.long
+def test_a_launcher_that_stands_still_does_not_stop_the_run(
+    undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    process = start(cwd=tmp_path)
+    wait_for(lambda: recorded(tmp_path / "run"))
+    started = children(process.pid)
+    process.send_signal(signal.SIGSTOP)
+    wait_for(lambda: not any(map(is_running, started)))
+    assert difference(contents(tmp_path / "run"), undisturbed) is None
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
 
 
 def test_several_nodes_and_a_batch_size_for_each_process(tmp_path: Path) -> None:
@@ -376,12 +404,16 @@ def test_bad_images_of_all_processes_are_listed(shared: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_process_that_stands_still_ends_all(tmp_path: Path) -> None:
-    process = start("--peer-timeout=10", "--epochs=100", cwd=tmp_path)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stands_still_is_killed_and_nothing_is_lost(
+    rank: int, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    process = start("--peer-timeout=20", cwd=tmp_path)
     wait_for(lambda: recorded(tmp_path / "run"))
     started = children(process.pid)
-    os.kill(started[1], signal.SIGSTOP)
+    os.kill(started[rank], signal.SIGSTOP)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "another process of this run ended; go on with --resume" in errors
+    assert process.returncode == 0, errors
+    assert "a process was killed (SIGKILL); starting again, 1 of 3" in errors
     assert not any(map(is_running, started))
+    assert difference(contents(tmp_path / "run"), undisturbed) is None

@@ -80,7 +80,7 @@ def test_training_forward_returns_logits_and_nothing_else(name):
     ("name", "nearest"), [("resnet-18", "resnet18"), ("ResNet50", "resnet50"), ("vgg12", "vgg1")]
 )
 def test_unknown_name_is_refused_with_the_nearest_ones(name, nearest):
-    with pytest.raises(ConfigurationError, match=f"unknown model '{name}'.*{nearest}"):
+    with pytest.raises(ConfigurationError, match=f"model is '{name}'.*{nearest}"):
         build_model(name, num_classes=5)
 
 
@@ -91,7 +91,7 @@ def test_a_name_like_no_other_is_refused_with_the_place_to_look():
 
 @pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "fcn_resnet50", "r3d_18"])
 def test_models_that_do_not_classify_images_are_refused(name):
-    with pytest.raises(ConfigurationError, match="unknown model"):
+    with pytest.raises(ConfigurationError, match="there is none"):
         build_model(name, num_classes=5)
 
 
@@ -188,7 +188,7 @@ def test_timms_plain_resnets_take_the_small_stem():
 )
 def test_what_timm_would_fetch_or_does_not_list_is_refused(name):
     pytest.importorskip("timm")
-    with pytest.raises(ConfigurationError, match="unknown model 'timm/") as caught:
+    with pytest.raises(ConfigurationError, match="model is 'timm/") as caught:
         build_model(f"timm/{name}", num_classes=5)
     assert "\n" not in str(caught.value)
 

@@ -199,6 +199,10 @@ def test_options_replace_what_rows_say(tmp_path: Path) -> None:
         ("[row]\nlr = 1", "grid.toml: row is {'lr': 1}; write tables, each under [[row]]"),
         ("row = 3", "grid.toml: row is 3; write tables, each under [[row]]"),
         ("seed = [", "grid.toml: cannot be read as TOML"),
+        (
+            f"seed = {list(range(400))}\nlr = {[0.1] * 400}",
+            "grid.toml: its axes make 160,000 runs; 100,000",
+        ),
     ],
 )
 def test_a_grid_that_cannot_be_used_is_told_in_one_line(

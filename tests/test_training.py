@@ -280,6 +280,13 @@ def test_snapshots_are_taken_from_start_to_end(tmp_path: Path) -> None:
     assert all(snapshot.layer == "layer1.0.conv1" for snapshot in snapshots)
 
 
+def test_few_test_images_are_all_shown(tmp_path: Path) -> None:
+    config = tiny(synthetic_images=16, synthetic_classes=2, epochs=1, feature_map_images=64)
+    training.train(config, tmp_path / "run")
+    snapshots = pgt_diag.load_run(tmp_path / "run").feature_maps
+    assert {len(snapshot.maps) for snapshot in snapshots} == {4}
+
+
 def test_snapshots_do_not_change_the_run(tmp_path: Path) -> None:
     for name, count in (("without", 0), ("with", 5)):
         config = tiny(feature_map_snapshots=count, norm=Norm.BATCH)

@@ -26,6 +26,7 @@ from pgt_diag.config import (
     check_keys,
     coerce,
     compose,
+    parse_toml,
 )
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.paper import FIGURE_2, TABLE_1, TABLE_2, TABLE_3, TABLE_3_MODEL
@@ -170,11 +171,7 @@ def read_grid(path: Path) -> dict[str, Any]:
 
     Raises ConfigurationError when the file cannot be read as TOML.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
-    values = _underscored(values)
+    values = _underscored(parse_toml(path))
     if isinstance(values.get("row"), list):
         values["row"] = [
             _underscored(row) if isinstance(row, dict) else row for row in values["row"]
@@ -189,12 +186,13 @@ def parse_value(text: str) -> tuple[str, Any]:
         raise ConfigurationError(f"--set is {text!r}; write KEY=VALUE")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         parsed = value
     return key.replace("-", "_"), parsed
 
 
 _KEYS = ("preset", "row")
+_MAX_POINTS = 100_000
 _SMOKE_SCALE = 8
 """Digits are few: batches of 32, 64 and 128 stand for the paper's 256, 512 and 1024."""
 
@@ -240,6 +238,8 @@ def _points(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         if listed and not value:
             raise ConfigurationError(f"{key} is []; name at least one value")
         axes.append([(key, coerce(key, each)) for each in (value if listed else [value])])
+    if (count := math.prod(map(len, axes))) > _MAX_POINTS:
+        raise ConfigurationError(f"its axes make {count:,} runs; {_MAX_POINTS:,} are the most")
     for point in itertools.product(*axes):
         yield dict(point)
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pgt_diag.distributed import PARENT_VARIABLE
 from pgt_diag.errors import NoSpaceError, PgtDiagError
+from pgt_diag.parent import LAUNCHER
 from pgt_diag.sweep.grid import Row
 
 _LOOK_SECONDS = 0.5
@@ -32,7 +32,7 @@ def train_in_processes(
             [sys.executable, "-m", "pgt_diag", *command[1:], "--json"],
             stdout=subprocess.DEVNULL,
             stderr=told,
-            env={**os.environ, PARENT_VARIABLE: str(os.getpid())},
+            env={**os.environ, LAUNCHER: str(os.getpid())},
             start_new_session=True,  # a terminal's Ctrl-C comes to it through us
         )
         try:
