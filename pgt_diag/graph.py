@@ -1,6 +1,6 @@
 """One iteration captured as a CUDA graph, and replayed: no Python and no launches in between."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -88,18 +88,25 @@ class GraphedStep:
         if self._made < WARM_UP:
             self._made += 1
             return self._capture.warm_up(lambda: self._iterate(*parts))
+        if self._replay is None and (reason := self._try(self._capture, parts)):
+            self._capture, self._parts = None, []
+            self._failed(reason)
         if self._replay is None:
-            self._parts = [part.clone() for part in parts]
-            try:
-                self._replay, self._result = self._capture.capture(
-                    lambda: self._iterate(*self._parts)
-                )
-            except RuntimeError as error:
-                self._capture, self._parts = None, []
-                self._failed(str(error).partition("\n")[0])
-                return self._iterate(*parts)
+            return self._iterate(*parts)
         if parts:
             torch._foreach_copy_(self._parts, list(parts))
         self._replay()
         self._replayed()
         return self._result
+
+    def _try(self, capture: Capture, parts: Sequence[Tensor]) -> str | None:
+        """Capture the iteration; return why that was not possible.
+
+        By now nothing holds the memory of an iteration that failed: its error is gone.
+        """
+        self._parts = [part.clone() for part in parts]
+        try:
+            self._replay, self._result = capture.capture(lambda: self._iterate(*self._parts))
+        except RuntimeError as error:
+            return str(error).partition("\n")[0] or type(error).__name__
+        return None

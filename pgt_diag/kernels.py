@@ -5,7 +5,6 @@ kernel here has a plain counterpart in `reductions.py`, which is used where Trit
 does not work: see `usable`.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -91,10 +90,11 @@ def write_filter_norms(weights: Sequence[Tensor], outs: Sequence[Tensor]) -> Non
         firsts = [0]
         for weight in some:
             firsts.append(firsts[-1] + len(weight))
-        fans = tuple(weight[0].numel() for weight in some)
-        norms_kernel[(firsts.pop(),)](
-            tuple(some), tuple(theirs), tuple(firsts), fans, count=len(some), block=_BLOCK
-        )
+        fans = tuple(weight.numel() // len(weight) for weight in some)
+        with torch.cuda.device_of(some[0]):  # type: ignore[no-untyped-call]
+            norms_kernel[(firsts.pop(),)](
+                tuple(some), tuple(theirs), tuple(firsts), fans, count=len(some), block=_BLOCK
+            )
 
 
 def is_dense(weight: Tensor) -> bool:
@@ -124,27 +124,31 @@ def mark_active(values: Tensor, active: Tensor, *, positive: bool) -> bool:
     rows, together = (32, 64) if flat.stride(1) == 1 and channels > 1 else (512, 4)
     columns = triton.cdiv(channels, together)
     splits = max(1, min(_PROGRAMS // columns, triton.cdiv(images * pixels, rows)))
-    active_kernel[(splits, columns)](
-        flat,
-        active,
-        images,
-        channels,
-        pixels,
-        *flat.stride(),
-        positive=positive,
-        row_block=rows,
-        channel_block=together,
-    )
+    with torch.cuda.device_of(flat):  # type: ignore[no-untyped-call]
+        active_kernel[(splits, columns)](
+            flat,
+            active,
+            images,
+            channels,
+            pixels,
+            *flat.stride(),
+            positive=positive,
+            row_block=rows,
+            channel_block=together,
+        )
     return True
 
 
-@functools.cache
 def usable(device: torch.device) -> bool:
     """Whether the kernels run on the device and are right there: Triton needs a compiler, too."""
+    told = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")  # looking at the results waits for them
     try:
         return _works(device)
     except Exception:  # whatever a missing compiler, an old driver or another GPU may raise
         return False
+    finally:
+        torch.cuda.set_sync_debug_mode(told)
 
 
 def _works(device: torch.device) -> bool:

@@ -298,13 +298,22 @@ def _gradient_for_indices(
     hit = scale if weight is None else scale * weight[index]
     if options.smoothing == 0:
         grad = _scaled(powers, hit / powers.sum(dim, keepdim=True))
-        return grad.scatter_add_(dim, index, -hit)
+        return _subtract_at_(grad, dim, index, hit)
     hit = hit * (1 - options.smoothing)
     share = scale * (options.smoothing / powers.shape[dim])
     classes = powers.shape[dim] if weight is None else weight.sum()
     grad = _scaled(powers, (hit + share * classes) / powers.sum(dim, keepdim=True))
-    grad.scatter_add_(dim, index, -hit)
+    _subtract_at_(grad, dim, index, hit)
     return grad.sub_(share if weight is None else share * _per_class(weight, powers))
+
+
+def _subtract_at_(grad: Tensor, dim: int, index: Tensor, hit: Tensor) -> Tensor:
+    """Subtract hit (N, 1, …) from grad (N, C, …) at index (N, 1, …)."""
+    if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
+        # scatter_add_ would then ask the CPU for help, which nothing captured as a CUDA graph can.
+        classes = torch.arange(grad.shape[dim], device=grad.device)
+        return grad.sub_(torch.where(_per_class(classes, grad) == index, hit, 0.0))
+    return grad.scatter_add_(dim, index, -hit)
 
 
 def _gradient_for_probabilities(

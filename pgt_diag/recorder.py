@@ -9,7 +9,7 @@ import atexit
 import difflib
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +56,8 @@ class FilterRecorder:
     `taps` names such a map. A GradScaler's skipped step is no iteration, and its batch is
     forgotten, unless the loop zeroes gradients with `set_to_none=False`.
 
-    A whole step may be captured as a CUDA graph; tell `replayed()` of every replay.
+    A whole step may be captured as a CUDA graph, with `capture_error_mode="thread_local"` since a
+    thread writes meanwhile; tell `replayed()` of every replay.
 
     Under data parallelism every process makes a recorder, and only the first one (rank 0) writes:
     give it a checkpoint's state to resume from in all of them, and log values of the whole batch.
@@ -501,11 +502,10 @@ class FilterRecorder:
         for name, place in row.scalars.items():
             value = told.get(name)
             if isinstance(value, Tensor):
-                place.copy_(value.reshape(()))
+                place.fill_(value.reshape(()))
             elif value is not None:
                 place.fill_(value)
-        for name, factors in told.get("clip_factors", {}).items():
-            row.clip_factors_of[self._index[name]].copy_(factors)
+        self._put(row.clip_factors_of, told.get("clip_factors", {}))
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None:
             # A fused optimizer skips the step on the device: only the writer learns of it.
@@ -563,8 +563,7 @@ class FilterRecorder:
 
     def _write_gradient_norms(self, row: Row, scale: Tensor | None) -> None:
         told = self._told.get("gradient_norms", {})
-        for name, norms in told.items():
-            row.gradient_norms_of[self._index[name]].copy_(norms)
+        self._put(row.gradient_norms_of, told)
         places = zip(self.convolution_weights, row.gradient_norms_of, strict=True)
         known = [
             (weight.grad, out)
@@ -575,6 +574,11 @@ class FilterRecorder:
         if scale is not None:
             row.gradient_norms.div_(scale)
 
+    def _put(self, places: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
+        if values:
+            chosen = [places[self._index[name]] for name in values]
+            torch._foreach_copy_(chosen, list(values.values()))
+
     def _global_gradient_norm(
         self, row: Row, optimizer: torch.optim.Optimizer, scale: Tensor | None
     ) -> Tensor:
@@ -583,7 +587,7 @@ class FilterRecorder:
         pairs = zip(self._weights(), row.gradient_norms_of, strict=True)
         norms = [out for weight, out in pairs if weight.grad is not None]
         others = [
-            parameter.grad.to(torch.promote_types(parameter.grad.dtype, torch.float32))
+            parameter.grad.to(self._device).reshape(1, -1)
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None and id(parameter) not in self._convolution_ids
@@ -591,8 +595,9 @@ class FilterRecorder:
         if not norms and not others:
             return row.values.new_zeros(())
         if others:
-            rest = torch.nn.utils.get_total_norm(others).to(self._device, torch.float32)
-            norms.append((rest / scale if scale is not None else rest).reshape(1))
+            rest = row.values.new_empty(len(others))
+            filter_norms(others, list(rest.unsqueeze(1)))
+            norms.append(rest / scale if scale is not None else rest)
         total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
         return total
 
@@ -602,7 +607,11 @@ class FilterRecorder:
             return
         block = self._ring.take()
         if block is not None and self._writer is not None:
+            began = time.perf_counter()
             self._writer.submit(block)
+            if self._device.type == "cuda":
+                # It waited for the device, which is behind: that is training's time.
+                self._seconds -= time.perf_counter() - began
         self._handed_over = time.monotonic()
 
     def _overhead(self) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """What the hooks compute, as pure tensor maths: filter norms, silence, spatial means."""
 
-import functools
 import importlib
 import importlib.util
 from collections.abc import Sequence
@@ -68,13 +67,19 @@ def _start_filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> Non
             norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=torch.float64))
 
 
-@functools.cache
 def working_kernels(device: torch.device) -> Any:
     """Return `pgt_diag.kernels`, or None where they do not work: Triton is not everywhere."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda":
         return None
-    kernels = importlib.import_module("pgt_diag.kernels")
-    return kernels if kernels.usable(device) else None
+    if device not in _kernels and not torch.cuda.is_current_stream_capturing():
+        kernels = None
+        if importlib.util.find_spec("triton") is not None:
+            kernels = importlib.import_module("pgt_diag.kernels")
+        _kernels[device] = kernels if kernels is not None and kernels.usable(device) else None
+    return _kernels.get(device)
+
+
+_kernels: dict[torch.device, Any] = {}
 
 
 def _take_small_norms_again(weight: Tensor, norms: Tensor) -> None:

@@ -154,7 +154,8 @@ class _Transfer:
             training.wait_event(self._copied)
         buffer = self._pinned[self._count % self._BUFFERS][: len(rows)]
         self._count += 1
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # The thread that waits is to leave its core to others.
+        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(training)
         with torch.cuda.stream(self._stream):
             buffer.copy_(rows, non_blocking=True)

@@ -32,13 +32,18 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1 and not config.decay_biases]},
     ]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         [group for group in groups if group["params"]],
         lr=config.peak_lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
         fused=True,
     )
+    if config.momentum:
+        # A fused first step that a GradScaler skips would leave what memory held as momentum.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def autocast(device: torch.device, amp: Amp) -> AbstractContextManager[Any]:
@@ -93,8 +98,9 @@ class TrainingStep:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr
             self._make = GraphedStep(
-                self._iterate, capture, replayed=recorder.replayed, failed=capture_failed
+                self._iterate, capture, replayed=recorder.replayed, failed=self._give_up_capture
             )
+        self._capture_failed = capture_failed
         self._agc_parameters = agc_parameters(model, config.agc_classifier)
         self._loss = PowerGradCrossEntropyLoss(
             alpha=config.alpha if config.method.uses_pgt else 1.0,
@@ -138,6 +144,12 @@ class TrainingStep:
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return sums
+
+    def _give_up_capture(self, reason: str) -> None:
+        if self._scaler.is_enabled():
+            # The gradients it has unscaled were never there.
+            self._scaler.update(self._scaler.get_scale())
+        self._capture_failed(reason)
 
     def _averaging(self, *, last: bool) -> AbstractContextManager[Any]:
         """Return a part's context: only in the last one the processes exchange gradients."""

@@ -180,11 +180,14 @@ def test_a_captured_run_on_a_gpu_is_close_to_one_that_is_not(
     method: str, amp: str, tmp_path: Path
 ) -> None:
     values = {**TINY, "model": "resnet18", "device": "cuda", "amp": amp, "method": method}
-    for choice in ("on", "off"):
-        config = RunConfig.from_mapping({**values, "cuda_graph": choice, "deterministic": True})
-        training.train(config, tmp_path / choice)
+    try:
+        for choice in ("on", "off"):
+            config = RunConfig.from_mapping({**values, "cuda_graph": choice, "deterministic": True})
+            training.train(config, tmp_path / choice)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
     on, off = (pgt_diag.load_run(tmp_path / choice) for choice in ("on", "off"))
-    assert on.iteration_count == off.iteration_count == 12
+    assert 6 <= on.iteration_count == off.iteration_count <= 12, "fp16 may skip the first steps"
     for layer in on.layers:
         np.testing.assert_allclose(
             on.weight_norms(layer.name), off.weight_norms(layer.name), rtol=1e-4

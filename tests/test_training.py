@@ -29,6 +29,7 @@ from pgt_diag.models import build_model
 from pgt_diag.progress import Listener, Plan, Progress
 from pgt_diag.resuming import resume_point
 from pgt_diag.schedules import learning_rate
+from pgt_diag.step import build_optimizer
 from tests.runs import contents, difference
 
 TINY = {
@@ -381,3 +382,30 @@ def test_an_iteration_in_parts_is_one_iteration_to_the_recorder(tmp_path: Path) 
         run.events.query("kind == 'silent' and start_iteration == 0") for run in (whole, parts)
     ]
     assert first[0]["filter"].tolist() == first[1]["filter"].tolist()
+
+
+def test_a_skipped_first_step_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What memory happened to hold: NaN, so that it shows.
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, torch.nan))
+    config = tiny()
+    weights = {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = build_optimizer(model, config)
+        if not fused:
+            optimizer = torch.optim.SGD(
+                [{"params": [model.weight], "weight_decay": 5e-4}, {"params": [model.bias]}],
+                lr=config.peak_lr,
+                momentum=0.9,
+                nesterov=True,
+            )
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for values in (torch.inf, 1.0, 2.0):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.full((1, 3), values)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        weights[fused] = [parameter.detach() for parameter in model.parameters()]
+    for one, other in zip(weights[True], weights[False], strict=True):
+        torch.testing.assert_close(one, other)

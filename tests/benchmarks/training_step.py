@@ -193,8 +193,10 @@ class Process:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
+
+    def wait(self) -> None:
         if not self.process.stdout.readline():
-            sys.exit(f"{name} did not start")
+            sys.exit(f"{self.process.args[-1]} did not start")
 
     def block(self) -> float:
         self.process.stdin.write("\n")
@@ -225,6 +227,8 @@ def main() -> None:
         return
     before = os.getloadavg()[0]
     loops = {name: Process(name) for name in LOOPS}
+    for each in loops.values():
+        each.wait()
     spent: dict[str, list[float]] = {name: [] for name in LOOPS}
     for index in range(options.rounds + 1):
         for name in LOOPS[:: -1 if index % 2 else 1]:
