@@ -191,7 +191,9 @@ def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":
             table[name] = math.nan
         elif not is_numeric_dtype(column) or is_bool_dtype(column):
             raise RunDirectoryError(f"{path}: column {name} is not one of numbers")
-    if "epoch" in table and not table["epoch"].between(0, MAX_COUNT).all():
+    if "epoch" not in table:  # as somebody's own loop may log them
+        table.insert(0, "epoch", range(len(table)))
+    if not table["epoch"].between(0, MAX_COUNT).all():
         raise RunDirectoryError(f"{path}: column epoch does not count epochs")
     return table
 

@@ -20,6 +20,7 @@ from pgt_diag import checkpoint, storage, trace
 from pgt_diag.check import check_run
 from pgt_diag.directory import RunDirectory
 from pgt_diag.errors import RunDirectoryError
+from pgt_diag.reading import read_snapshots
 from pgt_diag.resuming import resume_point
 from pgt_diag.run import Run, load_run
 from pgt_diag.training import train
@@ -36,7 +37,7 @@ from tests.damage import (
 )
 
 FLIPS = 1_000
-SAMPLED = 3_000
+SAMPLED = 4_000
 """Of a file with more places to cut it at, so many evenly spread ones are taken."""
 
 
@@ -193,6 +194,44 @@ def test_no_truncation_at_any_byte_of_the_last_two_records_is_silent(
     which: str, request: pytest.FixtureRequest
 ) -> None:
     assert find_silent_cuts(request.getfixturevalue(which), limit=SAMPLED)[0] == []
+
+
+def reader_of(file: Path) -> Callable[[], object] | None:
+    """Return what reads a file that has its fingerprint in its name."""
+    if file.suffix == ".pt":
+        return lambda: checkpoint.load(file)
+    if file.suffix == ".npz":
+        return lambda: read_snapshots([file])
+    found = [part for part in trace.all_parts(file.parent) if part.path == file]
+    return found[0].read if found else None
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("which", ["finished", "interrupted"])
+def test_no_file_cut_at_any_byte_of_its_last_two_records_is_read(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    """The other kinds of file are small enough for the tests above to have every byte of them."""
+    run = request.getfixturevalue(which)
+    count, silent = 0, []
+    for file in {kind_of(run, file): file for file in files_of(run)}.values():
+        read = reader_of(file)
+        if read is None:
+            assert file.stat().st_size - last_two_records(file) <= SAMPLED
+            continue
+        with replaced({file: file.read_bytes()}):
+            for length in reversed(cuts(file, file.stat().st_size)):
+                os.truncate(file, length)
+                count += 1
+                try:
+                    read()
+                except RunDirectoryError as error:
+                    silent += [] if str(file) in str(error) else [str(error)]
+                else:
+                    silent.append(f"{file}: read, cut to {length:,} bytes")
+    print(f"{count} truncations")
+    assert count > 10_000
+    assert silent == []
 
 
 def test_a_flip_that_keeps_the_time_of_the_file_is_found(finished: Path, tmp_path: Path) -> None:

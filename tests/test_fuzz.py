@@ -29,6 +29,7 @@ import torch
 from pgt_diag import checkpoint, trace
 from pgt_diag.config import _RANGES, _TYPES
 from pgt_diag.errors import RunDirectoryError
+from pgt_diag.run import load_run
 from tests import strangers
 from tests.damage import (
     COMMANDS,
@@ -541,6 +542,15 @@ def test_no_changed_run_makes_a_traceback_or_hangs(
     finished: Path, interrupted: Path, tmp_path: Path
 ) -> None:
     check_runs([finished, interrupted], RUNS, 0, tmp_path)
+
+
+def test_metrics_without_a_column_epoch_are_of_one_epoch_a_row(
+    finished: Path, tmp_path: Path
+) -> None:
+    path = copy_of(finished, tmp_path / "run")
+    strangers.metrics_as("test_accuracy\n12\n34\n")(path)
+    assert load_run(path).metrics.to_dict("list") == {"epoch": [0, 1], "test_accuracy": [12, 34]}
+    assert {code for code, _ in read_by(path, ["report", "show", "watch"]).values()} == {0}
 
 
 @pytest.mark.parametrize(
