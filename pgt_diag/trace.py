@@ -135,7 +135,16 @@ def read_table(
 
 def _decode(file: BufferedReader, columns: Sequence[str] | None, limit: float) -> pa.Table:
     """Return the table; ValueError when it would take more than `limit` bytes of memory."""
-    metadata = pq.read_metadata(file)
+    # The same file, by its descriptor. A file of Python's would not do: Arrow's threads ask for it,
+    # and one that asks while Python ends takes the whole process down.
+    with pa.OSFile(f"/dev/fd/{file.fileno()}") as source:
+        return _decode_from(source, file, columns, limit)
+
+
+def _decode_from(
+    source: pa.NativeFile, file: BufferedReader, columns: Sequence[str] | None, limit: float
+) -> pa.Table:
+    metadata = pq.read_metadata(source)
     # Read as a dictionary, a long text that many rows have is there once.
     texts = [
         column.path
@@ -143,7 +152,7 @@ def _decode(file: BufferedReader, columns: Sequence[str] | None, limit: float) -
         if column.physical_type == "BYTE_ARRAY"
     ]
     with pq.ParquetFile(
-        file, metadata=metadata, page_checksum_verification=True, read_dictionary=texts
+        source, metadata=metadata, page_checksum_verification=True, read_dictionary=texts
     ) as parquet:
         names = parquet.schema_arrow.names
         chosen = [name for name in names if columns is None or name in columns]
