@@ -200,7 +200,7 @@ MISTAKES = {
     "decoding on a GPU that is absent": (
         [*FOLDER, "--data=one", "--decode=gpu"],
         2,
-        "decode is gpu, .* device is cpu: it needs a CUDA GPU",
+        "--decode is gpu, and training is on cpu: it needs a CUDA GPU",
     ),
     "batch larger than the data": (
         ["train", *TINY, "--batch-size=65"],

@@ -38,6 +38,6 @@ def load_data(
         raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
     if config.decode is Decode.GPU and device.type != "cuda":
         raise ConfigurationError(
-            f"decode is gpu, and the training device is {device}: it needs a CUDA GPU; use cpu"
+            f"decode is gpu, and training is on {device}: it needs a CUDA GPU; use cpu"
         )
     return FolderData(config, device, shard)
