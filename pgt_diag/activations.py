@@ -39,6 +39,7 @@ _ACTIVATIONS = frozenset(
         "SoftplusBackward0",
         "TanhBackward0",
         "ThresholdBackward0",
+        "_MarkingReLUBackward",
     }
 )
 # Channel c in, channel c out: between a convolution and its activation, the map keeps its filters.
@@ -225,7 +226,7 @@ def _is_relu(activation: Node) -> bool:
     """Whether the activation is 0 exactly where its input is not positive (ReLU, ReLU6)."""
     if activation.name() == "HardtanhBackward0":
         return bool(activation._saved_min_val == 0)
-    return bool(activation.name() == "ReluBackward0")
+    return activation.name() in ("ReluBackward0", "_MarkingReLUBackward")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

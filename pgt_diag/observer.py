@@ -5,16 +5,24 @@ hooks at those calls only. They reduce a map at once and keep no tensor.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgt_diag.activations import ActivationFinder, Call, Hook, Tap, convolutions
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.reductions import Reading, add_activity, read_map_and_gap
+from pgt_diag.reductions import (
+    Reading,
+    add_activity,
+    add_activity_and_gap,
+    working_kernels,
+)
+from pgt_diag.relu import MarkingReLU, marking_relu
 
 
 class MapSink(Protocol):
@@ -29,8 +37,8 @@ class MapSink(Protocol):
         It is asked for at every call of the layer.
         """
 
-    def add_gap(self, squares: Tensor) -> None:
-        """Add the squares of the GAP features, (features,), summed over the batch."""
+    def gap(self) -> Tensor:
+        """Return where to add, in place, the squares of the GAP features; (features,)."""
 
     def discard(self) -> None:
         """Forget what was added since the last step: its gradients were thrown away."""
@@ -63,6 +71,8 @@ class MapObserver:
         self._seen_backward = False
         self._finder: ActivationFinder | None = None
         self._calls: dict[tuple[str, str], int] = {}
+        self._marked: set[Call] = set()
+        self._relus: list[MarkingReLU] = []
         self._capture: tuple[Tap, list[Tensor]] | None = None
         self._taps: dict[str, tuple[Tap, ...]] = {}
         self._readers: dict[Call, dict[Reading, list[str]]] = {}
@@ -83,6 +93,9 @@ class MapObserver:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for relu in self._relus:
+            relu.remove()
+        self._relus.clear()
 
     def take_training_pass(self) -> bool:
         """Return whether a training forward pass was seen since the last call."""
@@ -114,6 +127,7 @@ class MapObserver:
         failed = self._training_pass
         self._training_pass = model.training and torch.is_grad_enabled()
         self._calls.clear()
+        self._marked.clear()
         if self._training_pass and self.ready and (failed or self._gradients_discarded()):
             self._sink.discard()
         if not self.ready and torch.is_grad_enabled():
@@ -146,6 +160,8 @@ class MapObserver:
             finder.stop()
             compiled = finder.is_compiled(output)
             self._start(self._find(arguments, named) if compiled else finder.taps(output))
+            if not compiled:
+                self._mark_in_relus()
         self._seen_training_pass |= self._training_pass
         self._training_pass = False
 
@@ -192,8 +208,9 @@ class MapObserver:
         if self._training_pass:
             for call in self._readers:
                 for reading, rows in self._places(call):
-                    _add(first.maps[call][reading], rows)
-            self._sink.add_gap(gap)
+                    for row in rows:
+                        row.add_(first.maps[call][reading])
+            self._sink.gap().add_(gap)
 
     def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]], seen: list[Call]) -> Tap:
         """Return the tap of the map that the forward pass showed last: it goes to the classifier.
@@ -243,6 +260,30 @@ class MapObserver:
             else module.register_forward_pre_hook(Hook(on_input))
         )
 
+    def _mark_in_relus(self) -> None:
+        """Have ReLUs say which channels are not silent, where a GPU can: to read a map takes long.
+
+        Not in a compiled model: what has been compiled knows nothing of it.
+        """
+        parameter = self._witness
+        if parameter is None or working_kernels(parameter.device) is None:
+            return
+        for name in {call.module for call in self._readers if call.side == "output"}:
+            module = self._model.get_submodule(name)
+            # As it comes, without a forward that somebody else has put there.
+            if type(module) is nn.ReLU and "forward" not in vars(module):
+                self._relus.append(MarkingReLU(module, partial(self._relu, name, module)))
+
+    def _relu(self, name: str, module: nn.ReLU, values: Tensor) -> Tensor:
+        call = Call(name, self._calls.get((name, "output"), -1) + 1, "output")
+        layers = self._readers.get(call, {}).get("sum", [])
+        kernels = working_kernels(values.device)
+        if not (self._training_pass and layers and kernels and kernels.takes_relu(values)):
+            return F.relu(values, inplace=module.inplace)
+        self._marked.add(call)
+        places = [self._sink.activity(layer) for layer in layers]
+        return marking_relu(values, places, kernels, inplace=module.inplace)
+
     def _count(self, module: str, side: str) -> int:
         key = (module, side)
         self._calls[key] = self._calls.get(key, -1) + 1
@@ -257,25 +298,20 @@ class MapObserver:
         if not self._training_pass:
             return
         began = time.perf_counter()
-        maps: dict[Reading, Tensor] = {}
-        if call == self._gap_tap.where:
-            maps[self._gap_tap.reading], gap = read_map_and_gap(values, self._gap_tap.reading)
-            self._sink.add_gap(gap)
-        for reading, places in self._places(call):
-            if reading in maps:
-                _add(maps[reading], places)
-            else:
-                add_activity(values, reading, places)
+        gap_reading = self._gap_tap.reading if call == self._gap_tap.where else None
+        places = dict(self._places(call))
+        if call in self._marked:
+            del places["sum"]
+        if gap_reading is not None:
+            outs = places.pop(gap_reading, [])
+            add_activity_and_gap(values, gap_reading, outs, self._sink.gap())
+        for reading, outs in places.items():
+            add_activity(values, reading, outs)
         self.seconds += time.perf_counter() - began
 
     def _places(self, call: Call) -> Iterator[tuple[Reading, list[Tensor]]]:
         for reading, layers in self._readers.get(call, {}).items():
             yield reading, [self._sink.activity(layer) for layer in layers]
-
-
-def _add(activity: Tensor, places: Iterable[Tensor]) -> None:
-    for place in places:
-        place.add_(activity)
 
 
 class _FirstMaps:
@@ -288,6 +324,11 @@ class _FirstMaps:
     @torch.no_grad()
     def see(self, call: Call, values: Tensor) -> None:
         readings: tuple[Reading, ...] = ("sum", "peak", "positive")
-        both = {reading: read_map_and_gap(values, reading) for reading in readings}
-        self.maps[call] = {reading: maps for reading, (maps, _) in both.items()}
-        self.gap[call] = {reading: gap for reading, (_, gap) in both.items()}
+        channels = values.shape[1]
+        self.maps[call] = {}
+        self.gap[call] = {}
+        for reading in readings:
+            # As later passes are measured: a run that goes on makes its first pass again.
+            active, gap = values.new_zeros(2, channels, dtype=torch.float32)
+            add_activity_and_gap(values, reading, [active], gap)
+            self.maps[call][reading], self.gap[call][reading] = active, gap

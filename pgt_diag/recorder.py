@@ -27,8 +27,9 @@ from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver
 from pgt_diag.reading import Ending, Layer
-from pgt_diag.reductions import filter_norms
+from pgt_diag.reductions import filter_norms, rows_of, write_total_norm
 from pgt_diag.ring import Ring, Row, RowLayout
+from pgt_diag.sgd import MeasuringSGD
 from pgt_diag.writer import WriterThread
 
 _HANDOVER_SECONDS = 0.25
@@ -172,6 +173,7 @@ class FilterRecorder:
         self._handed_over = time.monotonic()
         self._steps = 0
         self._told: dict[str, Any] = {}
+        self._measuring: Tensor | None = None
         self._seconds = self._earlier_seconds = 0.0
         if resume is not None:
             self._go_on(resume)
@@ -395,11 +397,11 @@ class FilterRecorder:
         self._unseen.discard(layer)
         return self._ring.row.activity_of[self._index[layer]]
 
-    def add_gap(self, squares: Tensor) -> None:
-        """Add to the coming step's row (MapSink)."""
+    def gap(self) -> Tensor:
+        """Return the coming step's row (MapSink)."""
         assert self._ring is not None
-        self._ring.row.gap.add_(squares)
         self._gap_unseen = False
+        return self._ring.row.gap
 
     def discard(self) -> None:
         """Blank the coming step's row (MapSink)."""
@@ -492,13 +494,10 @@ class FilterRecorder:
         self._share_activity(row)
         if self._rank:
             return
-        scale = getattr(optimizer, "grad_scale", None)
-        self._write_gradient_norms(row, scale)
-        told = {
-            **self._told,
-            "lr": optimizer.param_groups[0]["lr"],
-            "grad_norm": self._global_gradient_norm(row, optimizer, scale),
-        }
+        self._measuring = self._have_it_measured(row, optimizer)
+        if self._measuring is None:
+            self._write_gradient_norms(row, optimizer)
+        told = {**self._told, "lr": optimizer.param_groups[0]["lr"]}
         for name, place in row.scalars.items():
             value = told.get(name)
             if isinstance(value, Tensor):
@@ -545,8 +544,11 @@ class FilterRecorder:
     def _after_step(self, *_: object) -> None:
         began = time.perf_counter()
         assert self._ring is not None
-        if not self._rank:
-            filter_norms(self._weights(), self._ring.row.weight_norms_of)
+        row = self._ring.row
+        if self._measuring is not None:
+            write_total_norm(row.gradient_norms, self._measuring, row.scalars["grad_norm"])
+        elif not self._rank:
+            filter_norms(self._weights(), row.weight_norms_of)
         if not is_capturing(self._device):
             self._finish_row(self._ring)
         self._seconds += time.perf_counter() - began
@@ -561,45 +563,65 @@ class FilterRecorder:
     def _weights(self) -> list[Tensor]:
         return [module.weight for module in self._convolutions.values()]
 
-    def _write_gradient_norms(self, row: Row, scale: Tensor | None) -> None:
+    def _have_it_measured(self, row: Row, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Have the optimizer's step write the norms, if it can, with those of other parameters.
+
+        Returns where the norms of the other parameters' gradients will be.
+        """
+        if not isinstance(optimizer, MeasuringSGD) or self._world > 1:
+            return None  # the other processes' steps would round otherwise
+        parameters = optimizer.measured()
+        places = dict(
+            zip(
+                self._weights(),
+                zip(row.gradient_norms_of, row.weight_norms_of, strict=True),
+                strict=True,
+            )
+        )
+        if not {id(weight) for weight in places} <= {id(each) for each in parameters}:
+            return None
+        others = [
+            parameter for parameter in parameters if id(parameter) not in self._convolution_ids
+        ]
+        sizes = [len(rows_of(parameter)) for parameter in others]
+        rest, unused = row.values.new_empty(2, sum(sizes)).unbind()
+        parts = zip(torch.split(rest, sizes), torch.split(unused, sizes), strict=True)
+        optimizer.measure(places | dict(zip(others, parts, strict=True)))
+        return rest
+
+    def _write_gradient_norms(self, row: Row, optimizer: torch.optim.Optimizer) -> None:
+        """Write the filters' gradient norms, and that of the gradients of all parameters."""
         told = self._told.get("gradient_norms", {})
         self._put(row.gradient_norms_of, told)
         places = zip(self.convolution_weights, row.gradient_norms_of, strict=True)
-        known = [
-            (weight.grad, out)
-            for (name, weight), out in places
-            if weight.grad is not None and name not in told
+        # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
+        with_gradient = [(n, w.grad, out) for (n, w), out in places if w.grad is not None]
+        known = [(gradient, out) for name, gradient, out in with_gradient if name not in told]
+        others = [
+            rows_of(parameter.grad.to(self._device))
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and id(parameter) not in self._convolution_ids
         ]
-        filter_norms([gradient for gradient, _ in known], [out for _, out in known])
+        sizes = [len(rows) for rows in others]
+        rest = row.values.new_empty(sum(sizes))
+        filter_norms(
+            [*(gradient for gradient, _ in known), *others],
+            [*(out for _, out in known), *torch.split(rest, sizes)],
+        )
+        scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             row.gradient_norms.div_(scale)
+            rest.div_(scale)
+        norms = row.gradient_norms
+        if len(with_gradient) < len(self._convolutions):
+            norms = torch.cat([norms.new_empty(0), *(out for _, _, out in with_gradient)])
+        write_total_norm(norms, rest, row.scalars["grad_norm"])
 
     def _put(self, places: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
         if values:
             chosen = [places[self._index[name]] for name in values]
             torch._foreach_copy_(chosen, list(values.values()))
-
-    def _global_gradient_norm(
-        self, row: Row, optimizer: torch.optim.Optimizer, scale: Tensor | None
-    ) -> Tensor:
-        """Return the L2 norm of all gradients, from the filters' norms and the other parameters."""
-        # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
-        pairs = zip(self._weights(), row.gradient_norms_of, strict=True)
-        norms = [out for weight, out in pairs if weight.grad is not None]
-        others = [
-            parameter.grad.to(self._device).reshape(1, -1)
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None and id(parameter) not in self._convolution_ids
-        ]
-        if not norms and not others:
-            return row.values.new_zeros(())
-        if others:
-            rest = row.values.new_empty(len(others))
-            filter_norms(others, list(rest.unsqueeze(1)))
-            norms.append(rest / scale if scale is not None else rest)
-        total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
-        return total
 
     def _hand_over(self) -> None:
         """Give the finished rows to the writer, and go on in the other half of the ring."""

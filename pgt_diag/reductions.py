@@ -26,6 +26,11 @@ def is_asynchronous(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def rows_of(parameter: Tensor) -> Tensor:
+    """Return a parameter, or a gradient, with a row for each of its filters: a vector is one."""
+    return parameter if parameter.dim() > 1 else parameter.reshape(1, -1)
+
+
 def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """Write the L2 norm of every filter of each weight, without underflow, into its `out`.
 
@@ -51,20 +56,30 @@ def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
 
 def _start_filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     kernels = working_kernels(weights[0].device)
-    fit = kernels is not None and {norms.dtype for norms in out} == {torch.float32}
-    if kernels is not None and fit and len({weight.dtype for weight in weights}) == 1:
-        dense = [kernels.is_dense(weight) for weight in weights]
-        kernels.write_filter_norms(
-            [weight for weight, fits in zip(weights, dense, strict=True) if fits],
-            [norms for norms, fits in zip(out, dense, strict=True) if fits],
-        )
-    else:
-        dense = [False] * len(weights)
-    for weight, norms, done in zip(weights, out, dense, strict=True):
-        if not done:
+    pairs = list(zip(weights, out, strict=True))
+    fits = [
+        kernels is not None
+        and weight.dtype == weights[0].dtype
+        and norms.dtype == torch.float32
+        and kernels.is_dense(weight)
+        for weight, norms in pairs
+    ]
+    if kernels is not None and any(fits):
+        some = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
+        kernels.write_filter_norms(*zip(*some, strict=True))
+    for (weight, norms), fit in zip(pairs, fits, strict=True):
+        if not fit:
             # float64 in registers: no waiting for the device to see which filters are small.
             dims = tuple(range(1, weight.dim()))
             norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=torch.float64))
+
+
+def write_total_norm(norms: Tensor, others: Tensor, out: Tensor) -> None:
+    """Write the L2 norm of all numbers of two vectors into `out`, (); all float32, contiguous."""
+    if (kernels := working_kernels(out.device)) is not None:
+        kernels.write_total(norms, others, out)
+    else:
+        out.fill_(torch.linalg.vector_norm(torch.cat((norms, others))))
 
 
 def working_kernels(device: torch.device) -> Any:
@@ -99,11 +114,29 @@ def add_activity(values: Tensor, reading: Reading, outs: Sequence[Tensor]) -> No
 
     values: (N, C, ...); outs: (C,) float32, contiguous, none of them below 0.
     """
-    if is_asynchronous(values) and (kernels := working_kernels(values.device)) is not None:
-        positive = reading == "positive"
-        if all(kernels.mark_active(values, out, positive=positive) for out in outs):
-            return
+    kernels = working_kernels(values.device)
+    positive = reading == "positive"
+    if kernels is not None and kernels.mark_active(values, outs, positive=positive):
+        return
     activity = read_map(values, reading)
+    for out in outs:
+        out.add_(activity)
+
+
+def add_activity_and_gap(
+    values: Tensor, reading: Reading, outs: Sequence[Tensor], gap: Tensor
+) -> None:
+    """Do what `add_activity` does, and add to `gap` the squares of `read_map_and_gap`.
+
+    values: (N, C, ...); outs, gap: (C,) float32, contiguous; outs may be none.
+    """
+    kernels = working_kernels(values.device)
+    if kernels is not None and kernels.add_gap(values, gap, positive=reading == "positive"):
+        if outs:
+            add_activity(values, reading, outs)
+        return
+    activity, squares = read_map_and_gap(values, reading)
+    gap.add_(squares)
     for out in outs:
         out.add_(activity)
 

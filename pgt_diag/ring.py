@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pgt_diag.encoder import SCALARS, Block
+from pgt_diag.reductions import working_kernels
 
 HALF = 32
 """Rows in half a ring."""
@@ -102,6 +103,7 @@ class Ring:
         self.row = Row(blank.clone(), layout, layers)
         self._halves = blank.new_empty(2, HALF, layout.width)
         self._transfer = _Transfer(self._halves) if self._halves.is_cuda else None
+        self._kernels = working_kernels(device)
         self._half = 0
         self._finished = 0
 
@@ -111,8 +113,12 @@ class Ring:
 
     def advance(self) -> bool:
         """Keep the row and blank it; return whether the half is full and has to be taken."""
-        self._halves[self._half, self._finished].copy_(self.row.values)
-        self.clear()
+        kept = self._halves[self._half, self._finished]
+        if self._kernels is not None:
+            self._kernels.keep_row(self.row.values, self._blank, kept)
+        else:
+            kept.copy_(self.row.values)
+            self.clear()
         self._finished += 1
         return self._finished == HALF
 

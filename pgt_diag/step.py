@@ -17,11 +17,12 @@ from pgt_diag.errors import DivergedError
 from pgt_diag.graph import Capture, GraphedStep
 from pgt_diag.powergrad import PowerGradCrossEntropyLoss
 from pgt_diag.recorder import FilterRecorder
+from pgt_diag.sgd import MeasuringSGD
 
 REMEDY = "try a lower lr, a longer warmup_epochs, or method gc or agc"
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
+def build_optimizer(model: nn.Module, config: RunConfig) -> MeasuringSGD:
     """Return the paper's SGD; weight decay leaves vectors alone unless `decay_biases`.
 
     Source: Section 4 of the paper; the authors' code for the tensors that decay.
@@ -32,12 +33,11 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.SGD:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1 and not config.decay_biases]},
     ]
-    optimizer = torch.optim.SGD(
+    optimizer = MeasuringSGD(
         [group for group in groups if group["params"]],
         lr=config.peak_lr,
         momentum=config.momentum,
         nesterov=config.nesterov,
-        fused=True,
     )
     if config.momentum:
         # A fused first step that a GradScaler skips would leave what memory held as momentum.

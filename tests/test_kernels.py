@@ -15,13 +15,17 @@ triton = pytest.importorskip("triton", reason="Triton comes with torch's CUDA bu
 
 ROOT = Path(__file__).parent.parent
 CHECK = """
+import itertools
+
 import torch
 from pgt_diag import kernels
 
 torch.manual_seed(0)
-assert kernels._works(torch.device("cpu"))
+near = {"rtol": 1e-5, "atol": 1e-6}
+assert kernels._work(torch.device("cpu"))
 
-shapes = [(4, 3, 7, 7), (6, 1, 1, 1), (1, 5, 3, 3), (3, 2000)] + 31 * [(2, 9)] + [(2, 3, 2, 2, 2)]
+shapes = [(4, 3, 7, 7), (6, 1, 1, 1), (1, 5, 3, 3), (3, 2000)]
+shapes += 31 * [(2, 9)] + 31 * [(3, 16)] + [(2, 3, 2, 2, 2)]
 weights = [torch.randn(shape) * 10.0 ** (-index % 40) for index, shape in enumerate(shapes)]
 weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
 weights[3][1] = 0
@@ -50,12 +54,61 @@ for shape in [(3, 5, 4, 4), (40, 130, 1, 1), (1, 3, 9), (2, 4, 3, 2, 2), (9, 1, 
                 values[:, -1] -= float(shape[1] > 2)
                 if last and len(shape) == 4:
                     values = values.contiguous(memory_format=torch.channels_last)
-                active = torch.full((shape[1],), 0.0)
-                assert kernels.mark_active(values, active, positive=positive)
+                told = (shape, dtype, last, positive)
+                actives = torch.zeros(2, shape[1]).unbind()
+                assert kernels.mark_active(values, actives, positive=positive)
                 wanted = (~(values <= 0) if positive else values != 0).transpose(0, 1).flatten(1)
-                assert torch.equal(active, wanted.any(1).float()), (shape, dtype, last, positive)
+                assert all(torch.equal(each, wanted.any(1).float()) for each in actives), told
+                seen = torch.randn(shape, dtype=dtype)
+                if last and len(shape) == 4:
+                    seen = seen.contiguous(memory_format=torch.channels_last)
+                squares = torch.ones(shape[1])
+                assert kernels.add_gap(seen, squares, positive=positive)
+                means = seen.relu() if positive else seen
+                means = means.double().flatten(2).mean(2)
+                torch.testing.assert_close(squares.double(), 1 + means.square().sum(0), **near)
+                if positive or not kernels.takes_relu(values):
+                    continue
+                for inplace in (False, True):
+                    actives = torch.zeros(2, shape[1]).unbind()
+                    result = values.clone() if inplace else torch.full_like(values, 7)
+                    kernels.write_relu(result if inplace else values, result, actives)
+                    wanted = values.relu()
+                    torch.testing.assert_close(result, wanted, equal_nan=True, rtol=0, atol=0)
+                    wanted = (wanted != 0).transpose(0, 1).flatten(1).any(1).float()
+                    assert all(torch.equal(each, wanted) for each in actives), told
 strided = torch.zeros(2, 3, 8, 8)[:, :, ::2, 1::3]
-assert not kernels.mark_active(strided, torch.zeros(3), positive=False)
+assert not kernels.mark_active(strided, [torch.zeros(3)], positive=False)
+assert not kernels.add_gap(strided, torch.zeros(3), positive=False)
+first = torch.zeros(2, 3, 8, 8)
+assert not kernels.takes_relu(first)
+last = first.contiguous(memory_format=torch.channels_last)
+assert kernels.takes_relu(last) and not kernels.takes_relu(last[:1])
+assert not kernels.takes_relu(last.double()) and not kernels.takes_relu(last[:0].clone())
+
+for nesterov, pointer, skip in itertools.product((True, False), (True, False), (None, 0.0, 1.0)):
+    shapes = [(4, 3, 7, 7), (6, 16, 3, 3), (3, 2000), (1, 10), (5, 64)]
+    twins = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    updates = [
+        kernels.Update(one.detach().clone(), one, torch.zeros_like(one), *torch.empty(2, len(one)))
+        for one in twins
+    ]
+    settings = {"momentum": 0.9, "weight_decay": 5e-4, "nesterov": nesterov}
+    optimizer = torch.optim.SGD(twins, lr=0.1, **settings)
+    for _ in range(3):
+        gradients = [torch.randn_like(one) for one in twins]
+        updates = [one._replace(gradient=each) for one, each in zip(updates, gradients)]
+        for twin, gradient in zip(twins, gradients):
+            twin.grad = gradient.clone()
+        if skip != 1:
+            optimizer.step()
+        lr = torch.tensor(0.1) if pointer else 0.1
+        kernels.step_sgd(updates, lr, None if skip is None else torch.tensor(skip), **settings)
+        for twin, one in zip(twins, updates):
+            torch.testing.assert_close(one.weight, twin.detach(), rtol=1e-6, atol=1e-6)
+            for values, norms in (one[1::2], one[::4]):
+                wanted = values.double().flatten(1).norm(dim=1)
+                torch.testing.assert_close(norms.double(), wanted, rtol=1e-6, atol=0)
 """
 
 
@@ -72,10 +125,65 @@ def test_the_interpreter_finds_what_plain_loops_find() -> None:
 
 
 STRIDES = ("image_stride", "channel_stride", "pixel_stride")
+SHAPE = ("images", "channels", "pixels")
+MAP = {"values": "*bf16", **dict.fromkeys((*SHAPE, *STRIDES), "i32")}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "norms": (
+        {
+            "rows": ("*fp32",) * 3,
+            "outs": ("*fp32",) * 3,
+            "firsts": ("i32",) * 4,
+            "lengths": ("i32",) * 3,
+            "fans": ("i32",) * 3,
+        },
+        {"aligned": 2, "count": 3, "together": 2, "block": 1024},
+    ),
+    "sgd": (
+        dict.fromkeys(
+            ("weights", "gradients", "momenta", "gradient_outs", "weight_outs"), ("*fp32",) * 3
+        )
+        | {"firsts": ("i32",) * 4, "fans": ("i32",) * 3, "lr": "*fp32", "skip": "*fp32"}
+        | {"beta": "fp32", "decay": "fp32"},
+        {"lr_is_pointer": True, "may_skip": True, "nesterov": True}
+        | {"aligned": 2, "count": 3, "block": 1024},
+    ),
+    "total": (
+        {"norms": "*fp32", "count": "i32", "others": "*fp32", "other_count": "i32", "out": "*fp32"},
+        {"block": 2048},
+    ),
+    "relu": (
+        {"values": "*bf16", "results": "*bf16", "actives": ("*fp32",) * 2, "rows": "i32"}
+        | {"channels": "i32"},
+        {"count": 2, "row_block": 32, "channel_block": 64},
+    ),
+    "active": (
+        {**MAP, "actives": ("*fp32",)},
+        {"count": 1, "positive": True, "blocks": 4, "row_block": 32, "channel_block": 64}
+        | {"channel_stride": 1},
+    ),
+    "active, channels first": (
+        {**MAP, "actives": ("*fp32",)},
+        {"count": 1, "positive": False, "blocks": 1, "row_block": 512, "channel_block": 4}
+        | {"pixel_stride": 1},
+    ),
+    "means": (
+        {key: MAP[key] for key in MAP if key != "images"} | {"means": "*fp32"},
+        {"positive": True, "pixel_block": 16, "channel_block": 64, "channel_stride": 1},
+    ),
+    "squares": (
+        {"means": "*fp32", "squares": "*fp32", "images": "i32", "channels": "i32"},
+        {"image_block": 64, "channel_block": 16},
+    ),
+    "keep": (
+        {"row": "*fp32", "blank": "*fp32", "kept": "*fp32", "width": "i32"},
+        {"block": 1024},
+    ),
+}
+"""Signatures and constants by kernel; Triton takes an argument that is 1 for a constant."""
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("case", ["norms", "active, channels last", "active, channels first"])
+@pytest.mark.parametrize("case", CASES)
 def test_kernels_compile_for_gpus(
     case: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,32 +193,43 @@ def test_kernels_compile_for_gpus(
     from pgt_diag import kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    signature: dict[str, Any]
-    constants: dict[str, Any]
-    if case == "norms":
-        function, constants = kernels.norms_kernel, {"count": 3, "block": 1024}
-        signature = {
-            "rows": ("*fp32",) * 3,
-            "outs": ("*fp32",) * 3,
-            "firsts": ("i32",) * 3,
-            "fans": ("i32",) * 3,
-        }
-    else:
-        function = kernels.active_kernel
-        # Triton takes an argument that is 1 for a constant.
-        one = "channel_stride" if case.endswith("last") else "pixel_stride"
-        constants = {
-            "positive": case.endswith("last"),
-            "row_block": 32,
-            "channel_block": 64,
-            one: 1,
-        }
-        signature = {"values": "*bf16", "active": "*fp32"}
-        signature |= dict.fromkeys(("images", "channels", "pixels", *STRIDES), "i32")
-    signature |= dict.fromkeys(constants, "constexpr")
+    function = getattr(kernels, f"{case.partition(',')[0]}_kernel")
+    signature, constants = CASES[case]
+    signature = signature | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert "cubin" in compiled.asm
+
+
+@pytest.mark.parametrize("case", ["norms", "relu", "sgd"])
+def test_memory_is_read_16_bytes_at_a_time(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pgt_diag import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function = getattr(kernels, f"{case}_kernel")
+    signature, constants = CASES[case]
+    # What Triton finds out at a call: which arguments are multiples of 16.
+    multiples = [(name,) for name in ("values", "results", "channels")]
+    if case != "relu":
+        names = ("rows", "weights", "gradients", "momenta", "fans")
+        multiples = [(name, index) for name in names for index in (0, 1) if name in signature]
+    attributes = {
+        (function.arg_names.index(name), *index): [["tt.divisibility", 16]]
+        for name, *index in multiples
+    }
+    source = ASTSource(
+        fn=function,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constexprs=constants,
+        attrs=attributes,
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    assert "ld.global.v4.b32" in compiled.asm["ptx"]
 
 
 def test_without_a_gpu_there_are_no_kernels() -> None:
@@ -122,4 +241,4 @@ def test_without_a_gpu_there_are_no_kernels() -> None:
 def test_kernels_work_on_this_gpu() -> None:
     from pgt_diag import kernels
 
-    assert kernels._works(torch.device("cuda"))
+    assert kernels._work(torch.device("cuda"))

@@ -18,6 +18,8 @@ from pgt_diag.activations import convolutions
 from pgt_diag.errors import ConfigurationError, RecorderError, RunDirectoryError
 from pgt_diag.models import build_model
 from pgt_diag.reductions import filter_norms
+from pgt_diag.sgd import MeasuringSGD
+from tests import plain_kernels
 from tests.loops import CLASSES, batches, norms64, small_net
 from tests.reference import (
     mobilenet_maps,
@@ -62,9 +64,16 @@ LAST_MAPS = {"SE-ResNet-18": "layer4.1.conv2", "non-BN SE-ResNet-50": "layer4.2.
 """Whose map goes to the classifier, where that is not the last convolution in module order."""
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_records_what_a_plain_loop_measures(network: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("network", "as_on_a_gpu"),
+    [*((name, False) for name in NETWORKS), ("non-BN ResNet-18", True), ("MobileNet", True)],
+)
+def test_records_what_a_plain_loop_measures(
+    network: str, as_on_a_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build, reference = NETWORKS[network]
+    if as_on_a_gpu:
+        plain_kernels.use(monkeypatch, plain_kernels)
     torch.manual_seed(0)
     model = build()
     with torch.no_grad():
@@ -74,9 +83,14 @@ def test_records_what_a_plain_loop_measures(network: str, tmp_path: Path) -> Non
             if module.bias is not None:
                 module.bias[1] = -1
     twin = copy.deepcopy(model)
+    # Batch norm makes much of the last digit, in which the measuring step differs.
+    measuring = as_on_a_gpu and network == "non-BN ResNet-18"
     optimizer, twin_optimizer = (
-        torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
-        for m in (model, twin)
+        kind(m.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3)
+        for m, kind in (
+            (model, MeasuringSGD if measuring else torch.optim.SGD),
+            (twin, torch.optim.SGD),
+        )
     )
     expected: dict[str, list] = {key: [] for key in ("weight", "gradient", "silent", "gap", "norm")}
     names = list(convolutions(model))
