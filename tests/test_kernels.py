@@ -182,6 +182,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Signatures and constants by kernel; Triton takes an argument that is 1 for a constant."""
 
 
+def kernel_of(case: str) -> Any:
+    from pgt_diag.kernels import maps, norms, sgd
+
+    name = f"{case.partition(',')[0]}_kernel"
+    return next(getattr(module, name) for module in (maps, norms, sgd) if hasattr(module, name))
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_compile_for_gpus(
@@ -190,10 +197,8 @@ def test_kernels_compile_for_gpus(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pgt_diag import kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(kernels, f"{case.partition(',')[0]}_kernel")
+    function = kernel_of(case)
     signature, constants = CASES[case]
     signature = signature | dict.fromkeys(constants, "constexpr")
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
@@ -208,10 +213,8 @@ def test_memory_is_read_16_bytes_at_a_time(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pgt_diag import kernels
-
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(kernels, f"{case}_kernel")
+    function = kernel_of(case)
     signature, constants = CASES[case]
     # What Triton finds out at a call: which arguments are multiples of 16.
     multiples = [(name,) for name in ("values", "results", "channels")]

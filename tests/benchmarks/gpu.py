@@ -21,10 +21,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BENCH = ["-m", "pgt_diag", "bench", "--json", "--device=cuda"]
-LARGE = ["--size=224", "--batch-size=256", "--seconds=12"]
+LARGE = ["--size=224", "--batch-size=256", "--seconds=10"]
 SMALL = ["--size=32", "--batch-size=128", "--seconds=8"]
-STEP = ["tests/benchmarks/training_step.py", "--device=cuda", "--workers=8"]
-TESTS = ["clipping", "data", "data_decoding", "graph", "kernels", "powergrad", "training"]
+STEP = ["tests/benchmarks/training_step.py", "--device=cuda", "--workers=16"]
+TESTS = ["clipping", "data", "data_decoding", "graph", "kernels", "powergrad", "relu", "training"]
 PEERS = ["tests/benchmarks/peers.py", "--device=cuda", "--ways", "plain", "ours", "reading_loop"]
 LOADING = ["tests/benchmarks/data_loading.py", "--device=cuda", "--workers=16", "--rounds=4"]
 COMMANDS: dict[str, tuple[int, list[str]]] = {
@@ -32,7 +32,8 @@ COMMANDS: dict[str, tuple[int, list[str]]] = {
     "32 px, graph": (35, [*BENCH, *SMALL]),
     "32 px, small stem, graph": (35, [*BENCH, *SMALL, "--stem=small"]),
     "step at 32 px": (45, [*STEP, "--steps=20"]),
-    "step at 224 px": (90, [*STEP, "--size=224", "--batch=256", "--steps=2", "--rounds=9"]),
+    "step at 32 px, small stem": (45, [*STEP, "--steps=20", "--stem=small"]),
+    "step at 224 px": (90, [*STEP, "--size=224", "--batch=256", "--steps=3", "--rounds=7"]),
     "224 px, eager": (45, [*BENCH, *LARGE, "--no-cuda-graph"]),
     "a loop that reads": (30, PEERS),
     # By name: others import what only reports need.

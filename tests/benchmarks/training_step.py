@@ -167,6 +167,7 @@ def serve(options: argparse.Namespace, device: torch.device) -> None:
         with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
             pgt_diag.training.train(config, Path(folder) / "run", listener=Ours(blocks))
         return
+    torch.backends.cudnn.benchmark = True  # as torchvision's script has it
     loader = DataLoader(
         Images(read_images(config)),
         options.batch,

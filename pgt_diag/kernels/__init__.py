@@ -1,0 +1,88 @@
+"""Triton kernels for a GPU: what the recorder measures, in few launches and few bytes.
+
+torch's own operations take two launches for each layer's norms, and read all of every map. Each
+kernel here has a plain counterpart in `reductions.py` or in torch, which is used where Triton is
+not there or does not work: see `usable`.
+"""
+
+import torch
+
+from pgt_diag.kernels.maps import add_gap, mark_active, takes_relu, write_relu
+from pgt_diag.kernels.norms import is_dense, keep_row, write_filter_norms, write_total
+from pgt_diag.kernels.sgd import Update, step_sgd
+
+__all__ = [
+    "Update",
+    "add_gap",
+    "is_dense",
+    "keep_row",
+    "mark_active",
+    "step_sgd",
+    "takes_relu",
+    "usable",
+    "write_filter_norms",
+    "write_relu",
+    "write_total",
+]
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the kernels run on the device and are right there: Triton needs a compiler, too."""
+    told = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")  # looking at the results waits for them
+    try:
+        return _work(device)
+    except Exception:  # whatever a missing compiler, an old driver or another GPU may raise
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(told)
+
+
+def _work(device: torch.device) -> bool:
+    return _norms_work(device) and _maps_work(device)
+
+
+def _norms_work(device: torch.device) -> bool:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((5, 3, 3), (3, 1500), (7, 64, 3, 3))
+    weights = [torch.randn(shape, generator=random).to(device) for shape in shapes]
+    weights[0][1] *= 1e-30
+    weights[0][2] = 0
+    outs = [torch.full((len(weight),), -1.0, device=device) for weight in weights]
+    write_filter_norms(weights, outs)
+    expected = [weight.double().flatten(1).norm(dim=1) for weight in weights]
+    pairs = list(zip(outs, expected, strict=True))
+    total = torch.full((2,), -1.0, device=device)
+    write_total(outs[0], outs[1], total[0])
+    pairs += [(total, torch.stack((torch.cat(expected[:2]).norm(), total.new_tensor(-1.0))))]
+    kept = torch.zeros(3, device=device)
+    row, blank = outs[1].clone(), torch.ones(3, device=device)
+    keep_row(row, blank, kept)
+    pairs += [(kept, expected[1]), (row, blank)]
+    return all(
+        torch.allclose(one.double(), other.double(), rtol=1e-5, atol=0) for one, other in pairs
+    )
+
+
+def _maps_work(device: torch.device) -> bool:
+    values = torch.zeros(40, 70, 6, 5, device=device)
+    values[-1, 1::2, -1, -1] = 1e-30
+    values[0, 2, 0, 0] = -1
+    last = values.contiguous(memory_format=torch.channels_last)
+    right = True
+    for shown in (values, last):
+        for positive in (True, False):
+            actives = torch.zeros(2, 70, device=device).unbind()
+            read = mark_active(shown, actives, positive=positive)
+            expected = (shown > 0 if positive else shown != 0).any(3).any(2).any(0)
+            right = right and read and all(bool((each == expected).all()) for each in actives)
+            squares = torch.ones(70, device=device)
+            added = add_gap(shown, squares, positive=positive)
+            means = (shown.clamp_min(0) if positive else shown).double().mean((2, 3))
+            expected = 1 + means.square().sum(0)
+            right = right and added and torch.allclose(squares.double(), expected)
+    results, active = torch.full_like(last, -1.0), torch.zeros(70, device=device)
+    write_relu(last, results, [active])
+    wanted = last.relu()
+    expected = (wanted > 0).any(3).any(2).any(0)
+    return right and torch.equal(results, wanted) and bool((active == expected).all())
