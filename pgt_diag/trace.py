@@ -36,6 +36,8 @@ BRIEF_SPELLS_FILE = "brief_spells.parquet"
 
 ROW_GROUP = 1000
 _MERGE_AT = 32
+_LITTLE = 1 << 20
+"""Bytes of a table that is kept for its merge; a larger one is read again."""
 _READ_ATTEMPTS = 5
 _MAX_DECODED_BYTES = 1 << 32
 _FREE_DECODED_BYTES, _MAX_RATIO = 1 << 26, 1 << 14
@@ -284,13 +286,17 @@ def rewind(folder: Path, end: int, aside: Path) -> None:
         storage.move(part.path, aside)
 
 
+Small = tuple[Part, pa.Table | None]
+"""A part that is to be merged, and its table if that is kept until then."""
+
+
 class PartWriter:
     """Appends rows to a folder of parts, and merges small parts as they pile up."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         storage.make_folder(folder)
-        self._small: list[Part] = []
+        self._small: list[Small] = []
         self._schema: pa.Schema | None = None
 
     def write(self, table: pa.Table, first: int, last: int) -> None:
@@ -304,7 +310,7 @@ class PartWriter:
             small, self._small = self._small, []
             self._merge(small)
             return
-        self._small.append(part)
+        self._small.append((part, _if_little(table)))
         if len(self._small) >= _MERGE_AT:
             self.merge()
 
@@ -314,14 +320,21 @@ class PartWriter:
         if merged := self._merge(small):
             self._small.append(merged)
 
-    def _merge(self, small: list[Part]) -> Part | None:
+    def _merge(
+        self, small: list[tuple[Part, pa.Table | None]]
+    ) -> tuple[Part, pa.Table | None] | None:
         """Replace neighbouring parts by one; return it if it is still a small one."""
         if len(small) < 2:
             return small[0] if small else None
         # Whatever these take, it was in memory when they were written.
-        tables = [part.read(limit=math.inf) for part in small]
+        tables = [part.read(limit=math.inf) if table is None else table for part, table in small]
         table = pa.concat_tables(tables).combine_chunks()
-        merged = write_part(self.folder, table, small[0].first, small[-1].last)
-        for part in small:
+        merged = write_part(self.folder, table, small[0][0].first, small[-1][0].last)
+        for part, _ in small:
             storage.remove(part.path)
-        return merged if table.num_rows < ROW_GROUP else None
+        return (merged, _if_little(table)) if table.num_rows < ROW_GROUP else None
+
+
+def _if_little(table: pa.Table) -> pa.Table | None:
+    """Return the table if it is small enough to be kept until it is merged."""
+    return table if table.nbytes <= _LITTLE else None

@@ -7,17 +7,18 @@ that: only queues and locks whose waits are one C call are used, not `queue.Queu
 import threading
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from pgt_diag.encoder import Block, TraceEncoder
 
-FLUSH_SECONDS = 0.5
-"""With blocks coming every quarter of a second, no row waits longer than a second for the disk."""
+FLUSH_SECONDS = 0.7
+"""With a quarter of a second before it is handed over, no row waits a second for the disk."""
 _BLOCKS_IN_FLIGHT = 2  # as the ring has two halves: a third waits for the disk
 
 
 class WriterThread:
-    """Encodes blocks beside the training thread, in order, flushing every `flush_seconds`.
+    """Encodes blocks beside the training thread, in order; they are on disk `flush_seconds` later.
 
     An error there (a full disk, say) is raised by the next call from the training thread.
     """
@@ -25,7 +26,7 @@ class WriterThread:
     def __init__(self, encoder: TraceEncoder, flush_seconds: float = FLUSH_SECONDS) -> None:
         self.encoder = encoder
         self._flush_seconds = flush_seconds
-        self._flushed = time.monotonic()
+        self._waiting_since: float | None = None
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._slots: SimpleQueue[None] = SimpleQueue()
         for _ in range(_BLOCKS_IN_FLIGHT):
@@ -43,7 +44,7 @@ class WriterThread:
     def flush(self) -> None:
         """Wait until everything handed over is encoded and on disk."""
         done: SimpleQueue[None] = SimpleQueue()
-        self._tasks.put(self._unless_failed(self.encoder.flush))
+        self._tasks.put(self._unless_failed(self._flush))
         self._tasks.put(lambda: done.put(None))
         done.get()
         self._raise()
@@ -63,11 +64,25 @@ class WriterThread:
         try:
             if self._error is None:
                 self.encoder.add(block())
-                if time.monotonic() - self._flushed >= self._flush_seconds:
-                    self.encoder.flush()
-                    self._flushed = time.monotonic()
+                if self._waiting_since is None:
+                    self._waiting_since = time.monotonic()
         finally:
             self._slots.put(None)
+        self._flush_if_due()
+
+    def _seconds_left(self) -> float | None:
+        """Return for how long what is encoded may wait for the disk, if anything is."""
+        if self._waiting_since is None:
+            return None
+        return max(0.0, self._waiting_since + self._flush_seconds - time.monotonic())
+
+    def _flush_if_due(self) -> None:
+        if self._error is None and self._seconds_left() == 0:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._waiting_since = None
+        self.encoder.flush()
 
     def _unless_failed(self, task: Callable[[], None]) -> Callable[[], None]:
         return lambda: task() if self._error is None else None
@@ -77,8 +92,14 @@ class WriterThread:
             raise self._error
 
     def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while True:
+            task: Callable[[], None] | None = self._flush_if_due
+            with suppress(Empty):
+                task = self._tasks.get(timeout=self._seconds_left())
+            if task is None:
+                return
             try:
                 task()
             except BaseException as error:  # carried to the training thread
                 self._error = error
+                self._waiting_since = None

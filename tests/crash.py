@@ -470,8 +470,9 @@ class _Instruments:
 
 
 def _settle(writer: Any) -> None:
-    """Wait until the writer has done what it was given."""
+    """Wait until the writer has done what it was given, and what its clock says."""
     done: SimpleQueue[None] = SimpleQueue()
+    writer._tasks.put(writer._flush_if_due)
     writer._tasks.put(lambda: done.put(None))
     done.get()
 

@@ -417,7 +417,7 @@ def unflushed(lab: Lab, mutants: tuple[str, ...], step: int = 23) -> str | None:
     """
     more = ("--checkpoint-every=1000", "--feature-map-snapshots=1")
     run, second = lab.new(), 0.125
-    waits = 2 * recorder._HANDOVER_SECONDS + writer.FLUSH_SECONDS
+    waits = recorder._HANDOVER_SECONDS + writer.FLUSH_SECONDS
     assert waits <= 1  # what is promised
     lab.run(
         lab.attempt(
