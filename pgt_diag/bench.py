@@ -280,15 +280,15 @@ def bench(
         model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
 
+    graph = graph and device.type == "cuda"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     report("matrix products")
     rate = matmul_rate(device, seconds / 20)
     report("the training step, with and without recording")
     with tempfile.TemporaryDirectory(prefix="pgt-diag-bench-") as folder:
-        graph = graph and device.type == "cuda"
         step = _measure_steps(model, images, target, seconds, Path(folder) / "run", graph=graph)
     report("the PGT loss and cross-entropy")
-    losses = _measure_losses(device, seconds / 5)
+    losses = _measure_losses(device, seconds / 5, graph=graph)
     report("adaptive gradient clipping")
     clipping = _measure_clipping(model, device, seconds / 5)
     report("the trace")
@@ -385,18 +385,35 @@ def captured(step: Part, device: torch.device, replayed: Callable[[], None] = la
     return graphed
 
 
-def _measure_losses(device: torch.device, seconds: float) -> dict[str, Any]:
+def replayed(part: Part, times: int) -> Part:
+    """Return a CUDA graph's replay that does `part` so many times: no launches in between."""
+    part()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            part()
+    return graph.replay
+
+
+def _measure_losses(device: torch.device, seconds: float, *, graph: bool) -> dict[str, Any]:
     logits = torch.randn(LOSS_SHAPE, device=device, requires_grad=True)
     target = torch.randint(LOSS_SHAPE[1], LOSS_SHAPE[:1], device=device)
-    theirs, count = repeated(loss_part(F.cross_entropy, logits, target), seconds / 40, device)
-    once = loss_part(pgt_loss, logits, target)
-    parts = {"ours": lambda: [once() for _ in range(count)], "cross_entropy": theirs}
+    once = {
+        "ours": loss_part(pgt_loss, logits, target),
+        "cross_entropy": loss_part(F.cross_entropy, logits, target),
+    }
+    passes = 20 if graph else 1
+    if graph:
+        once = {name: replayed(part, passes) for name, part in once.items()}
+    theirs, count = repeated(once["cross_entropy"], seconds / 40, device)
+    parts = {"ours": lambda: [once["ours"]() for _ in range(count)], "cross_entropy": theirs}
     parts["ours"]()
     spent = alternate(parts, seconds=seconds, device=device)
     return {
         "examples": LOSS_SHAPE[0],
         "classes": LOSS_SHAPE[1],
-        "ms": asdict(Spread.of(spent["ours"]) * (1e3 / count)),
+        "captured": graph,
+        "ms": asdict(Spread.of(spent["ours"]) * (1e3 / count / passes)),
         "ratio_to_cross_entropy": asdict(ratio(spent, "ours", "cross_entropy")),
         "pairs": len(spent["ours"]),
     }

@@ -6,15 +6,21 @@ gradient is exactly that of CE(α·z, q) / α, whatever the batch size and the l
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.reductions import working_kernels
 
 _LOG2_E = 1 / math.log(2)
+_AUTOCAST_DEVICES = frozenset(
+    name
+    for name in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xla", "xpu")
+    if torch.amp.is_autocast_available(name)
+)
 
 
 def power_grad_cross_entropy(
@@ -58,7 +64,10 @@ def power_grad_cross_entropy(
 
     needs_gradient = torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad)
     half_precision = result_dtype != dtype
-    if not needs_gradient or (alpha == 1 and not half_precision):
+    options = _Options(alpha, ignore_index, reduction, label_smoothing, dtype, keep_logits=True)
+    if needs_gradient and _fits_kernels(logits, target, weight):
+        loss = cast(Tensor, _KernelPowerGradCrossEntropy.apply(logits, target, options))
+    elif not needs_gradient or (alpha == 1 and not half_precision):
         loss = F.cross_entropy(
             logits.to(dtype),
             target,
@@ -70,8 +79,7 @@ def power_grad_cross_entropy(
     else:
         # A float32 tensor would double what cross_entropy keeps for half-precision logits, and the
         # gradient of target probabilities needs log p: these recompute from the logits in backward.
-        keep_logits = half_precision or target.requires_grad
-        options = _Options(alpha, ignore_index, reduction, label_smoothing, dtype, keep_logits)
+        options = options._replace(keep_logits=half_precision or target.requires_grad)
         loss, _ = _PowerGradCrossEntropy.apply(logits, target, weight, options)
     return loss.to(result_dtype)
 
@@ -248,6 +256,50 @@ class _PowerGradCrossEntropy(torch.autograd.Function):
         return grad_logits, grad_target, None, None
 
 
+class _KernelPowerGradCrossEntropy(torch.autograd.Function):
+    """The same for class indices, by a GPU's kernels: two launches forward, one backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, options: _Options) -> Tensor:
+        kernels = working_kernels(logits.device)
+        ctx.named = {
+            "alpha": _without_underflow(options.alpha),
+            "smoothing": options.smoothing,
+            "ignore_index": options.ignore_index,
+            "reduction": options.reduction,
+        }
+        loss, kept = kernels.write_losses(logits, target, **ctx.named)
+        ctx.save_for_backward(logits, target, kept)
+        ctx.options = options
+        return cast(Tensor, loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        logits, target, kept = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            kernels = working_kernels(logits.device)
+            return kernels.write_gradient(logits, target, kept, grad_loss, **ctx.named), None, None
+        # Its own derivative is asked for.
+        options: _Options = ctx.options
+        log_p = F.log_softmax(logits, 1, dtype=options.dtype)
+        powers = _exponents_(log_p.clone(), options.alpha).exp2()
+        gradient = _gradient_for_indices(powers, target, None, grad_loss, options)
+        return gradient.to(logits.dtype), None, None
+
+
+def _fits_kernels(logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    """Whether a GPU's kernels compute this loss."""
+    if not logits.is_cuda or weight is not None or torch.compiler.is_compiling():
+        return False
+    kernels = working_kernels(logits.device)
+    return kernels is not None and bool(kernels.takes_loss(logits, target))
+
+
+def _without_underflow(alpha: float) -> float:
+    # In float32 it would be 0 or lose its digits; every finite log p gives p^α = 1 there.
+    return 0.0 if alpha < torch.finfo(torch.float32).tiny else alpha
+
+
 def _loss_for_indices(
     log_p: Tensor, target: Tensor, weight: Tensor | None, options: _Options
 ) -> Tensor:
@@ -397,7 +449,8 @@ def _result_and_compute_dtype(logits: Tensor, target: Tensor) -> tuple[torch.dty
     dtype = _at_least_float32(result)
     # Autocast runs cross_entropy in float32, and so returns that.
     device = logits.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # Not every device has it, and torch 2.11 cannot compile the question which do.
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         result = dtype
     return result, dtype
 

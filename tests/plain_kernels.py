@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pgt_diag import observer, reductions, ring, sgd
@@ -66,6 +67,42 @@ def step_sgd(
             change = decayed + momentum * update.momentum if nesterov else update.momentum
             update.weight.sub_(lr * change)
         write_filter_norms([update.weight], [update.weight_norms])
+
+
+def takes_loss(logits: Tensor, target: Tensor) -> bool:
+    return logits.dim() == 2 and target.shape == logits.shape[:1]
+
+
+def write_losses(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    alpha: float,
+    smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    named: Any = {"ignore_index": ignore_index, "reduction": reduction}
+    loss = F.cross_entropy(logits, target, label_smoothing=smoothing, **named)
+    return loss, (target != ignore_index).sum()
+
+
+def write_gradient(
+    logits: Tensor,
+    target: Tensor,
+    kept: Tensor,
+    grad_loss: Tensor,
+    *,
+    alpha: float,
+    smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    counted = target != ignore_index
+    q = torch.full_like(logits, smoothing / logits.shape[1])
+    q[counted, target[counted]] += 1 - smoothing
+    scale = grad_loss / (kept if reduction == "mean" else 1)
+    return ((alpha * logits).softmax(1) - q) * counted.unsqueeze(1) * scale.reshape(-1, 1)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:

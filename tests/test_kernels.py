@@ -112,10 +112,54 @@ for nesterov, pointer, skip in itertools.product((True, False), (True, False), (
 """
 
 
-def test_the_interpreter_finds_what_plain_loops_find() -> None:
+LOSSES = """
+import itertools
+
+import torch
+import torch.nn.functional as F
+from pgt_diag import kernels
+
+torch.manual_seed(0)
+near, rough = {"rtol": 1e-5, "atol": 1e-6}, {"rtol": 1e-2, "atol": 1e-3}
+for (rows, classes), dtype, alpha, smoothing, reduction in itertools.product(
+    [(7, 10), (3, 2500), (4, 1)], [torch.float32, torch.bfloat16], [0.0, 0.25, 1.0], [0.0, 0.1],
+    ["mean", "sum", "none"],
+):
+    logits = (torch.randn(rows, classes + 3) * 5).to(dtype)[:, :classes]
+    if smoothing == 0 and classes > 5:
+        logits[1, : classes - 3] = -torch.inf
+    target = torch.randint(classes, (rows,))
+    target[1], target[-1] = classes - 1, -100
+    grad_loss = torch.randn(rows) if reduction == "none" else torch.randn(())
+    named = {"alpha": alpha, "smoothing": smoothing, "ignore_index": -100, "reduction": reduction}
+    loss, kept = kernels.write_losses(logits, target, **named)
+    gradient = kernels.write_gradient(logits, target, kept, grad_loss, **named)
+    z, counted = logits.double(), target != -100
+    wanted = F.cross_entropy(z, target, label_smoothing=smoothing, reduction=reduction)
+    torch.testing.assert_close(loss.double(), wanted, rtol=1e-5, atol=1e-5)
+    q = torch.full_like(z, smoothing / classes)
+    q[counted, target[counted]] += 1 - smoothing
+    powered = (torch.zeros_like(z) if alpha == 0 else alpha * z).softmax(1)
+    scale = grad_loss / (counted.sum() if reduction == "mean" else 1)
+    wanted = (powered - q) * counted[:, None] * scale.reshape(-1, 1)
+    told = near if dtype == torch.float32 else rough
+    torch.testing.assert_close(gradient.double(), wanted, **told, check_dtype=False)
+logits, target = torch.randn(3, 5), torch.tensor([1, 9, -1])
+named = {"alpha": 0.25, "smoothing": 0.0, "ignore_index": -100}
+loss, _ = kernels.write_losses(logits, target, **named, reduction="none")
+assert loss.isnan().tolist() == [False, True, True], "what is no class is seen, not read"
+target[:] = -100
+loss, kept = kernels.write_losses(logits, target, **named, reduction="mean")
+gradient = kernels.write_gradient(logits, target, kept, torch.ones(()), **named, reduction="mean")
+assert loss.isnan() and (gradient == 0).all()
+"""
+
+
+@pytest.mark.parametrize("check", [CHECK, LOSSES], ids=["recorder", "loss"])
+def test_the_interpreter_finds_what_plain_loops_find(check: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK],
+        [sys.executable, "-c", check],
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -146,6 +190,24 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         | {"beta": "fp32", "decay": "fp32"},
         {"lr_is_pointer": True, "may_skip": True, "nesterov": True}
         | {"aligned": 2, "count": 3, "block": 1024},
+    ),
+    "losses": (
+        {"logits": "*bf16", "target": "*i64", "losses": "*fp32", "normalizers": "*fp32"}
+        | dict.fromkeys(("classes", "row_stride", "target_stride", "ignore_index"), "i32")
+        | {"alpha": "fp32", "smoothing": "fp32"},
+        {"smooth": True, "block": 1024},
+    ),
+    "reduce": (
+        {"losses": "*fp32", "target": "*i64", "loss": "*fp32", "divisor": "*fp32"}
+        | dict.fromkeys(("rows", "target_stride", "ignore_index"), "i32"),
+        {"mean": True, "block": 1024},
+    ),
+    "gradient": (
+        {"logits": "*bf16", "target": "*i64", "normalizers": "*fp32", "divisor": "*fp32"}
+        | {"grad_loss": "*fp32", "gradient": "*bf16", "alpha": "fp32", "smoothing": "fp32"}
+        | dict.fromkeys(("classes", "row_stride", "target_stride", "ignore_index"), "i32")
+        | {"grad_stride": "i32"},
+        {"mean": True, "block": 1024},
     ),
     "total": (
         {"norms": "*fp32", "count": "i32", "others": "*fp32", "other_count": "i32", "out": "*fp32"},
@@ -183,10 +245,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def kernel_of(case: str) -> Any:
-    from pgt_diag.kernels import maps, norms, sgd
+    from pgt_diag.kernels import loss, maps, norms, sgd
 
     name = f"{case.partition(',')[0]}_kernel"
-    return next(getattr(module, name) for module in (maps, norms, sgd) if hasattr(module, name))
+    return next(
+        getattr(module, name) for module in (loss, maps, norms, sgd) if hasattr(module, name)
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 90])

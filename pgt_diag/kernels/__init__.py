@@ -5,8 +5,12 @@ kernel here has a plain counterpart in `reductions.py` or in torch, which is use
 not there or does not work: see `usable`.
 """
 
-import torch
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+
+from pgt_diag.kernels.loss import takes_loss, write_gradient, write_losses
 from pgt_diag.kernels.maps import add_gap, mark_active, takes_relu, write_relu
 from pgt_diag.kernels.norms import is_dense, keep_row, write_filter_norms, write_total
 from pgt_diag.kernels.sgd import Update, step_sgd
@@ -18,9 +22,12 @@ __all__ = [
     "keep_row",
     "mark_active",
     "step_sgd",
+    "takes_loss",
     "takes_relu",
     "usable",
     "write_filter_norms",
+    "write_gradient",
+    "write_losses",
     "write_relu",
     "write_total",
 ]
@@ -39,7 +46,7 @@ def usable(device: torch.device) -> bool:
 
 
 def _work(device: torch.device) -> bool:
-    return _norms_work(device) and _maps_work(device)
+    return _norms_work(device) and _maps_work(device) and _losses_work(device)
 
 
 def _norms_work(device: torch.device) -> bool:
@@ -86,3 +93,22 @@ def _maps_work(device: torch.device) -> bool:
     wanted = last.relu()
     expected = (wanted > 0).any(3).any(2).any(0)
     return right and torch.equal(results, wanted) and bool((active == expected).all())
+
+
+def _losses_work(device: torch.device) -> bool:
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3000, generator=random).to(device)
+    target = torch.tensor([7, 2999, -100, 0, 1], device=device)
+    alpha, counted = 0.25, target != -100
+    named: dict[str, Any] = {"alpha": alpha, "smoothing": 0.1, "ignore_index": -100}
+    loss, kept = write_losses(logits, target, **named, reduction="mean")
+    one = torch.ones((), device=device)
+    gradient = write_gradient(logits, target, kept, one, **named, reduction="mean")
+    z = logits.double()
+    expected = F.cross_entropy(z, target, label_smoothing=0.1)
+    q = torch.full_like(z, 0.1 / 3000)
+    q[counted, target[counted]] += 0.9
+    slope = ((alpha * z).softmax(1) - q) * counted.unsqueeze(1) / 4
+    return bool(
+        torch.allclose(loss.double(), expected) and torch.allclose(gradient.double(), slope)
+    )
