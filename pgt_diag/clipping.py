@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.reductions import filter_norms, is_asynchronous
+from pgt_diag.reductions import (
+    SAFE_NORM,
+    filter_norms,
+    is_asynchronous,
+    take_small_norms_again,
+)
 
 
 def adaptive_clip_grad_(
@@ -35,7 +40,7 @@ def adaptive_clip_grad_(
     Source: Brock et al. 2021 (arXiv 2102.06171), Eq. 3; google-deepmind/deepmind-research,
         nfnets/optim.py.
     """
-    return clip_filters_(parameters, clip_factor, eps)[0]
+    return _clip_(_listed(parameters), clip_factor, eps)[0]
 
 
 @torch.no_grad()
@@ -48,25 +53,12 @@ def clip_filters_(
         no gradient.
     Raises: as `adaptive_clip_grad_`.
     """
-    _require_positive("clip_factor", clip_factor)
-    _require_positive("eps", eps)
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    factors: dict[int, Tensor] = {}
-    norms: dict[int, Tensor] = {}
-    together: dict[Any, list[int]] = {}
-    for index, parameter in enumerate(parameters):
-        if parameter.grad is not None:
-            # A GPU is to have few things to start, a CPU to find in its cache what it has measured.
-            alike = (parameter.device, parameter.dtype) if is_asynchronous(parameter) else index
-            together.setdefault(alike, []).append(index)
-        else:
-            factors[index] = torch.ones(_filters(parameter), device=parameter.device)
-            norms[index] = torch.full_like(factors[index], torch.nan)
-    for indices in together.values():
-        clipped = _clip_alike_([parameters[index] for index in indices], clip_factor, eps)
-        for index, factor, norm in zip(indices, *clipped, strict=True):
-            factors[index], norms[index] = factor.float(), norm.float()
-    return [factors[index] for index in sorted(factors)], [norms[index] for index in sorted(norms)]
+    parameters = _listed(parameters)
+    factors, norms = _clip_(parameters, clip_factor, eps)
+    for parameter, norm in zip(parameters, norms, strict=True):
+        if parameter.grad is not None and not is_asynchronous(parameter):
+            take_small_norms_again(_rows(parameter.grad), norm)
+    return factors, norms
 
 
 def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[nn.Parameter]:
@@ -88,10 +80,61 @@ def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[n
     return [parameter for parameter in model.parameters() if id(parameter) not in classifier]
 
 
+@torch.no_grad()
+def _clip_(
+    parameters: Sequence[Tensor], clip_factor: float, eps: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Do what `clip_filters_` does; on a CPU, norms below `SAFE_NORM` may be wrong, or 0."""
+    _require_positive("clip_factor", clip_factor)
+    _require_positive("eps", eps)
+    factors: dict[int, Tensor] = {}
+    norms: dict[int, Tensor] = {}
+    together: dict[Any, list[int]] = {}
+    largest_is_safe = min(eps, clip_factor * eps) >= SAFE_NORM
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is None:
+            factors[index] = torch.ones(_filters(parameter), device=parameter.device)
+            norms[index] = torch.full_like(factors[index], torch.nan)
+        elif largest_is_safe and not is_asynchronous(parameter):
+            factors[index], norms[index] = _clip_one_(parameter, parameter.grad, clip_factor, eps)
+        else:
+            together.setdefault((parameter.device, parameter.dtype), []).append(index)
+    for indices in together.values():
+        clipped = _clip_alike_([parameters[index] for index in indices], clip_factor, eps)
+        for index, factor, norm in zip(indices, *clipped, strict=True):
+            factors[index], norms[index] = factor.float(), norm.float()
+    return [factors[index] for index in sorted(factors)], [norms[index] for index in sorted(norms)]
+
+
+def _clip_one_(
+    parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Clip one parameter's gradient on a CPU: in few operations, while its cache has the numbers.
+
+    The largest norm allowed must be a safe one: a smaller gradient, however imprecise its norm, is
+    then not clipped. Returns the factors and the norms afterwards, (filters,) or (1,) float32.
+    """
+    weights, norms = _filter_norms(parameter), _filter_norms(gradient)
+    # A gradient of 0 gives infinity here, and so the factor 1.
+    factors = weights.clamp_(min=eps).mul_(clip_factor).div_(norms).clamp_(max=1.0)
+    gradient.mul_(factors)
+    return factors.flatten().float(), norms.mul_(factors).flatten().float()
+
+
+def _filter_norms(tensor: Tensor) -> Tensor:
+    """Return L2 norms over all dims but the first, kept: (filters, 1, …), or () for a vector."""
+    dims = tuple(range(1, tensor.dim())) or None
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(
+        tensor, dim=dims, keepdim=dims is not None, dtype=dtype
+    )
+    return norms
+
+
 def _clip_alike_(
     parameters: Sequence[Tensor], clip_factor: float, eps: float
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Clip the gradients of parameters of one device and dtype: all filters are computed at once.
+    """Clip the gradients of parameters of one device and dtype: a GPU has few operations to start.
 
     Returns factors and norms afterwards, (filters,) or (1,), in at least float32.
     """
@@ -107,6 +150,10 @@ def _clip_alike_(
         # A vector is one filter: its factor is a scalar.
         gradient.mul_(factor.view([-1, *[1] * gradient.dim()][: gradient.dim()]))
     return factors.split(sizes), norms.mul_(factors).split(sizes)
+
+
+def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
 def _rows(parameter: Tensor) -> Tensor:

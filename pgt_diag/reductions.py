@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Squares of float32 numbers below this lose digits or underflow to 0; the norm is taken again.
-_SAFE_NORM = 1e-15
+SAFE_NORM = 1e-15
+"""Squares of float32 numbers below this lose digits or underflow to 0; the norm is taken again."""
+
 # With fewer pixels to a map, the CPU adds up faster over the batch first.
 _FEW_PIXELS = 16
 # In smaller maps all images are read faster than few are found to be enough.
@@ -51,7 +52,7 @@ def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
             dtype = torch.promote_types(weight.dtype, norms.dtype)
             norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=dtype))
     for weight, norms in zip(weights, out, strict=True):
-        _take_small_norms_again(weight, norms)
+        take_small_norms_again(weight, norms)
 
 
 def _start_filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
@@ -97,16 +98,20 @@ def working_kernels(device: torch.device) -> Any:
 _kernels: dict[torch.device, Any] = {}
 
 
-def _take_small_norms_again(weight: Tensor, norms: Tensor) -> None:
+def take_small_norms_again(weight: Tensor, norms: Tensor) -> None:
+    """Correct, on a CPU, the norms (filters,) that a weight's or a gradient's float32 squares gave.
+
+    weight: (filters, ...).
+    """
     # NumPy: of an operation on a few hundred numbers torch's start takes the most time.
-    found = np.flatnonzero(norms.numpy() < _SAFE_NORM)
+    found = np.flatnonzero(norms.numpy() < SAFE_NORM)
     if len(found) == 0:
         return
     small = torch.from_numpy(found)
     rows = weight.detach().flatten(1).index_select(0, small)
     least, largest = torch.aminmax(rows)
     if least != 0 or largest != 0:
-        norms[small] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).float()
+        norms[small] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).to(norms.dtype)
 
 
 def add_activity(values: Tensor, reading: Reading, outs: Sequence[Tensor]) -> None:

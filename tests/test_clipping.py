@@ -1,6 +1,7 @@
 """AGC: every filter's gradient bounded by the filter's own norm, and by nothing else."""
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +14,7 @@ import torchvision
 from hypothesis import given, settings
 from torch import Tensor, nn
 
-from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters
+from pgt_diag.clipping import adaptive_clip_grad_, agc_parameters, clip_filters_
 from pgt_diag.errors import ConfigurationError
 
 SHAPES = [(6, 3, 3, 3), (5, 4), (7,), (), (2, 3, 2), (1, 1, 1, 1)]
@@ -143,6 +144,39 @@ def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(factor, torch.tensor([0.01, 0.01 * 1e-4 / 300]), rtol=0.01, atol=0)
     assert one.grad.dtype == dtype
     torch.testing.assert_close(one.grad[0].float(), torch.full((64,), 3.0), rtol=0.01, atol=0)
+
+
+TINY = [1.0, 1e-3, 1e-10, 1e-16, 1e-22, 1e-30, 1e-42, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("clip_factor", "eps"), [(0.01, 1e-3), (1e-12, 1e-2), (1e-21, 1e-3), (1.0, 1e-20), (1e9, 1e-23)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_factors_and_norms_afterwards_are_right_however_small(
+    dtype: torch.dtype, clip_factor: float, eps: float
+) -> None:
+    # A filter for each size of a weight and of a gradient; squares of most underflow in float32.
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (
+        torch.randn(len(TINY) ** 2, 3, 2, 2, generator=generator)
+        * torch.tensor(each)[:, *[None] * 3]
+        for each in zip(*itertools.product(TINY, TINY), strict=True)
+    )
+    one = parameter(weight.to(dtype), grad.to(dtype))
+    rows = zip(weight.flatten(1).to(dtype), grad.flatten(1).to(dtype), strict=True)
+    parameters = [one, *(parameter(w.clone(), g.clone()) for w, g in rows)]
+    before = [p.grad.double().clone() for p in parameters]
+    factors, norms = clip_filters_(parameters, clip_factor, eps)
+    for p, grad, factor, norm in zip(parameters, before, factors, norms, strict=True):
+        wanted = reference_factors(parameter(p.detach().double(), grad), clip_factor, eps)
+        filters = grad if p.ndim > 1 else grad[None]
+        expected = torch.tensor(wanted) * filters.flatten(1).norm(dim=1)
+        torch.testing.assert_close(factor, torch.tensor(wanted).float(), rtol=1e-5, atol=0)
+        # Clipped in bfloat16, a gradient is rounded to 1/256.
+        rtol = 4e-3 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(norm.double(), expected, rtol=rtol, atol=3e-45)
+        assert ((norm == 0) == (filters == 0).flatten(1).all(1)).all()
 
 
 def test_one_factor_per_filter_also_where_there_is_no_gradient() -> None:

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,17 +52,14 @@ OPTIONS = [
 ]
 
 
-def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *map(str, arguments),
-        ],
+def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
 
 
@@ -87,9 +85,10 @@ def run(*arguments: str, cwd: Path) -> tuple[int, str]:
     return process.returncode, out + errors
 
 
-def wait_for(condition: Any) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[str] | None = None) -> None:
     deadline = time.monotonic() + 120
     while not condition():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -99,10 +98,36 @@ def recorded(path: Path) -> bool:
     return any((path / "iterations").glob("part-*"))
 
 
-def children(process: int) -> list[int]:
+def newest_checkpoint(path: Path) -> int:
+    """Return the iteration of a run's newest checkpoint; 0 where there is none."""
+    names = [each.name for each in (path / "checkpoints").glob("checkpoint-*.pt")]
+    return max((int(name.split("-")[1]) for name in names), default=0)
+
+
+def children(process: int, but: Sequence[int] = ()) -> list[int]:
+    """Return the training processes that a process has started, but for some, by rank."""
     listing = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    found = [int(each) for each in listing]
-    return [each for each in found if b"pgt_diag" in Path(f"/proc/{each}/cmdline").read_bytes()]
+    found = [each for each in map(int, listing) if each not in but]
+    return [each for each in found if b"pgt_diag" in command_line(each)]
+
+
+def command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""  # it has just ended
+
+
+def kill_after_a_checkpoint(
+    launcher: subprocess.Popen[str], rank: int, path: Path, earlier: Sequence[int]
+) -> list[int]:
+    """Kill one of two processes when they have written a checkpoint of the run; return both."""
+    wait_for(lambda: len(children(launcher.pid, earlier)) == 2, launcher)
+    started = children(launcher.pid, earlier)
+    reached = newest_checkpoint(path)
+    wait_for(lambda: newest_checkpoint(path) > reached, launcher)
+    os.kill(started[rank], signal.SIGKILL)
+    return started
 
 
 def is_running(process: int) -> bool:
@@ -140,8 +165,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
         "from one": {"values": PARTIAL},
         "from two": {"values": PARTIAL, "stop_at": 100},
     }
-    done = torchrun(ROOT / "tests" / "ranks.py", folder, json.dumps(cases), cwd=folder)
-    assert done.returncode == 0, done.stderr
+    script = [ROOT / "tests" / "ranks.py", folder, json.dumps(cases)]
+    process = torchrun("--standalone", "--nproc-per-node=2", *script, cwd=folder)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
     assert load_run(folder / "from two").status == "interrupted"
     assert load_run(folder / "from two").iteration_count > 0
     ranks.train(folder / "from two", PARTIAL)
@@ -225,6 +252,26 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(
     assert difference(contents(tmp_path / "run"), undisturbed) is None
 
 
+@pytest.mark.parametrize("killed", [(0,), pytest.param((1, 0), marks=pytest.mark.long)])
+def test_torchrun_starts_killed_processes_again_and_nothing_is_lost(
+    killed: tuple[int, ...], undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    process = torchrun(
+        *("--nproc-per-node=2", "--max-restarts=2"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+        *("-m", "pgt_diag", "train", *OPTIONS, "--run-dir=run", "--resume=auto"),
+        cwd=tmp_path,
+    )
+    seen: list[int] = []
+    for rank in killed:
+        seen += kill_after_a_checkpoint(process, rank, tmp_path / "run", seen)
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert len(re.findall(r"going on from iteration [1-9]", out)) == len(killed)
+    assert difference(contents(tmp_path / "run"), undisturbed) is None
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -298,18 +345,12 @@ def test_several_nodes_and_a_batch_size_for_each_process(tmp_path: Path) -> None
         endpoint = f"localhost:{server.getsockname()[1]}"
     # Two agents stand for two machines, each with a process of its own.
     nodes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
-                *("--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
-                *("-m", "pgt_diag", "train", *options, "--epochs=1", "--warmup-epochs=0.5"),
-                *("--batch-per=process", "--name=x"),
-            ],
+        torchrun(
+            *("--nnodes=2", "--nproc-per-node=1"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
+            *("-m", "pgt_diag", "train", *options, "--epochs=1", "--warmup-epochs=0.5"),
+            *("--batch-per=process", "--name=x"),
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for _ in range(2)
     ]
