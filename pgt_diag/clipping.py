@@ -15,6 +15,7 @@ from pgt_diag.reductions import (
     SAFE_NORM,
     filter_norms,
     is_asynchronous,
+    rows_of,
     take_small_norms_again,
 )
 
@@ -57,7 +58,7 @@ def clip_filters_(
     factors, norms = _clip_(parameters, clip_factor, eps)
     for parameter, norm in zip(parameters, norms, strict=True):
         if parameter.grad is not None and not is_asynchronous(parameter):
-            take_small_norms_again(_rows(parameter.grad), norm)
+            take_small_norms_again(rows_of(parameter.grad), norm)
     return factors, norms
 
 
@@ -142,8 +143,8 @@ def _clip_alike_(
     sizes = [_filters(parameter) for parameter in parameters]
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
     weights, norms = parameters[0].new_empty(2, sum(sizes), dtype=dtype)
-    filter_norms([_rows(parameter) for parameter in parameters], weights.split(sizes))
-    filter_norms([_rows(gradient) for gradient in gradients], norms.split(sizes))
+    filter_norms([rows_of(parameter) for parameter in parameters], weights.split(sizes))
+    filter_norms([rows_of(gradient) for gradient in gradients], norms.split(sizes))
     # A gradient of 0 gives infinity here, and so the factor 1.
     factors = weights.clamp_(min=eps).mul_(clip_factor).div_(norms).clamp_(max=1.0)
     for gradient, factor in zip(gradients, factors.split(sizes), strict=True):
@@ -154,11 +155,6 @@ def _clip_alike_(
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
-
-
-def _rows(parameter: Tensor) -> Tensor:
-    """Return a parameter with a row for each of its filters."""
-    return parameter if parameter.dim() > 1 else parameter.reshape(1, -1)
 
 
 def _filters(parameter: Tensor) -> int:
