@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import pgt_diag
-from pgt_diag import recorder, reductions, training
+from pgt_diag import clipping, recorder, reductions, training
 from pgt_diag.config import CudaGraph, RunConfig
 from pgt_diag.distributed import World
 from pgt_diag.errors import ConfigurationError, RecorderError
@@ -51,7 +51,8 @@ def on_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "resolve_graph", lambda *_: True)
     monkeypatch.setattr(training, "CudaCapture", lambda _: MemoryCapture())
     monkeypatch.setattr(recorder, "is_capturing", lambda _: MemoryGraph.capturing)
-    monkeypatch.setattr(reductions, "is_asynchronous", lambda _: True)
+    for module in (clipping, reductions):
+        monkeypatch.setattr(module, "is_asynchronous", lambda _: True)
     monkeypatch.setattr(MemoryCapture, "captured", 0)
     register_net()
 
