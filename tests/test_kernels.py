@@ -43,6 +43,7 @@ assert torch.equal(one, outs[0])
 assert not kernels.is_dense(torch.randn(6, 8)[:, ::2]) and kernels.is_dense(weights[0])
 
 for shape in [(3, 5, 4, 4), (40, 130, 1, 1), (1, 3, 9), (2, 4, 3, 2, 2), (9, 1, 5, 5)]:
+    kernels.maps._PROGRAMS = 1 if shape[0] == 40 else 256
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for last in (False, True):
             for positive in (False, True):
@@ -216,7 +217,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "relu": (
         {"values": "*bf16", "results": "*bf16", "actives": ("*fp32",) * 2, "rows": "i32"}
         | {"channels": "i32"},
-        {"count": 2, "row_block": 32, "channel_block": 64},
+        {"count": 2, "blocks": 8, "row_block": 32, "channel_block": 64},
     ),
     "active": (
         {**MAP, "actives": ("*fp32",)},

@@ -10,8 +10,16 @@ from torch import Tensor
 _ROWS, _CHANNELS = 32, 64
 """What a program reads at a time, each of its threads 16 bytes, where channels lie side by side."""
 _BLOCKS = 8
-"""How often a program does so that only reads."""
+"""How often a program does so at most."""
+_PROGRAMS = 256
+"""How many programs are enough: two for each multiprocessor."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _marks(actives, channel, inside):
+    """Return what others have marked; not from a multiprocessor's own cache, which is not told."""
+    return tl.load(actives[0] + channel, mask=inside, other=1.0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -31,6 +39,7 @@ def relu_kernel(
     rows,
     channels,
     count: tl.constexpr,
+    blocks: tl.constexpr,
     row_block: tl.constexpr,
     channel_block: tl.constexpr,
 ):
@@ -40,15 +49,18 @@ def relu_kernel(
     find that others have marked their channels.
     """
     channel = tl.program_id(1) * channel_block + tl.arange(0, channel_block)
-    marked = tl.load(actives[0] + channel, mask=channel < channels, other=1.0)
-    first = tl.program_id(0).to(tl.int64) * row_block
-    row = tl.arange(0, row_block)
-    inside = (first + row < rows)[:, None] & (channel < channels)[None, :]
-    place = first * channels + row[:, None] * channels + channel[None, :]
-    value = tl.load(values + place, mask=inside, other=0.0)
-    result = tl.where(value <= 0, 0.0, value)
-    tl.store(results + place, result, mask=inside)
-    _mark(actives, channel, (result != 0) & (marked == 0)[None, :], count, row_block)
+    marked = _marks(actives, channel, channel < channels)
+    first = tl.program_id(0).to(tl.int64) * (blocks * row_block)
+    seen = tl.zeros((row_block, channel_block), tl.int1)
+    for block in tl.static_range(blocks):
+        row = block * row_block + tl.arange(0, row_block)
+        inside = (first + row < rows)[:, None] & (channel < channels)[None, :]
+        place = first * channels + row[:, None] * channels + channel[None, :]
+        value = tl.load(values + place, mask=inside, other=0.0)
+        result = tl.where(value <= 0, 0.0, value)
+        tl.store(results + place, result, mask=inside)
+        seen |= result != 0
+    _mark(actives, channel, seen & (marked == 0)[None, :], count, row_block)
 
 
 @triton.jit(do_not_specialize=["images", "channels", "pixels"])
@@ -74,7 +86,7 @@ def active_kernel(
     """
     channel = tl.program_id(1) * channel_block + tl.arange(0, channel_block)
     inside = channel < channels
-    marked = tl.load(actives[0] + channel, mask=inside, other=1.0)
+    marked = _marks(actives, channel, inside)
     if tl.min(marked, 0) == 0:
         rows = images.to(tl.int64) * pixels
         first = tl.program_id(0).to(tl.int64) * (blocks * row_block)
@@ -162,14 +174,19 @@ def write_relu(values: Tensor, results: Tensor, actives: Sequence[Tensor]) -> No
     """
     channels = values.shape[1]
     rows = values.numel() // channels
+    columns = triton.cdiv(channels, _CHANNELS)
+    # The more programs start at once, the more of them mark the same channels.
+    share = triton.cdiv(rows, _ROWS) * columns // _PROGRAMS
+    blocks = 1 << min(3, max(0, share.bit_length() - 1))
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        relu_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(channels, _CHANNELS))](
+        relu_kernel[(triton.cdiv(rows, blocks * _ROWS), columns)](
             values,
             results,
             tuple(actives),
             rows,
             channels,
             count=len(actives),
+            blocks=blocks,
             row_block=_ROWS,
             channel_block=_CHANNELS,
             num_warps=8,

@@ -21,21 +21,21 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 BENCH = ["-m", "pgt_diag", "bench", "--json", "--device=cuda"]
-LARGE = ["--size=224", "--batch-size=256", "--seconds=10"]
-SMALL = ["--size=32", "--batch-size=128", "--seconds=8"]
+LARGE = ["--size=224", "--batch-size=256", "--seconds=6"]
+SMALL = ["--size=32", "--batch-size=128", "--seconds=4"]
 STEP = ["tests/benchmarks/training_step.py", "--device=cuda", "--workers=16"]
-TESTS = ["clipping", "data", "data_decoding", "graph", "kernels", "powergrad", "relu", "training"]
+STEP += ["--loops", "reference", "ready"]
+TESTS = ["clipping", "data", "data_decoding", "graph", "kernels", "loss_kernels", "training"]
 PEERS = ["tests/benchmarks/peers.py", "--device=cuda", "--ways", "plain", "ours", "reading_loop"]
 LOADING = ["tests/benchmarks/data_loading.py", "--device=cuda", "--workers=16", "--rounds=4"]
 COMMANDS: dict[str, tuple[int, list[str]]] = {
-    "224 px, graph": (45, [*BENCH, *LARGE]),
-    "32 px, graph": (35, [*BENCH, *SMALL]),
-    "32 px, small stem, graph": (35, [*BENCH, *SMALL, "--stem=small"]),
-    "step at 32 px": (45, [*STEP, "--steps=20"]),
-    "step at 32 px, small stem": (45, [*STEP, "--steps=20", "--stem=small"]),
-    "step at 224 px": (90, [*STEP, "--size=224", "--batch=256", "--steps=3", "--rounds=7"]),
-    "224 px, eager": (45, [*BENCH, *LARGE, "--no-cuda-graph"]),
-    "a loop that reads": (30, PEERS),
+    "32 px, small stem, graph": (60, [*BENCH, *SMALL, "--stem=small"]),
+    "step at 32 px": (80, [*STEP, "--steps=20", "--rounds=8"]),
+    "224 px, graph": (70, [*BENCH, *LARGE]),
+    "step at 224 px": (90, [*STEP, "--size=224", "--batch=256", "--steps=2", "--rounds=6"]),
+    "32 px, graph": (40, [*BENCH, *SMALL]),
+    "224 px, eager": (60, [*BENCH, *LARGE, "--no-cuda-graph"]),
+    "a loop that reads": (40, PEERS),
     # By name: others import what only reports need.
     "tests": (90, ["-m", "pytest", "-q", "-m", "gpu", *(f"tests/test_{t}.py" for t in TESTS)]),
     "image folder": (60, LOADING),

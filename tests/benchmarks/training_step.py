@@ -173,7 +173,7 @@ def serve(options: argparse.Namespace, device: torch.device) -> None:
         options.batch,
         shuffle=True,
         drop_last=True,
-        num_workers=options.workers,
+        num_workers=options.workers if options.loop == "reference" else min(options.workers, 4),
         pin_memory=device.type == "cuda",
     )
     batches = endless(loader, device)
@@ -219,6 +219,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="of the reference's DataLoader")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cpu-time", action="store_true", help="with --workers 0")
+    parser.add_argument(
+        "--loops", nargs="+", choices=LOOPS[1:], default=LOOPS[1:], help="beside ours"
+    )
     parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -227,12 +230,13 @@ def main() -> None:
         serve(options, device)
         return
     before = os.getloadavg()[0]
-    loops = {name: Process(name) for name in LOOPS}
+    names = ("ours", *options.loops)
+    loops = {name: Process(name) for name in names}
     for each in loops.values():
         each.wait()
-    spent: dict[str, list[float]] = {name: [] for name in LOOPS}
+    spent: dict[str, list[float]] = {name: [] for name in names}
     for index in range(options.rounds + 1):
-        for name in LOOPS[:: -1 if index % 2 else 1]:
+        for name in names[:: -1 if index % 2 else 1]:
             seconds = loops[name].block()
             if index:  # the first round still finds its memory
                 spent[name].append(seconds)
@@ -261,7 +265,7 @@ def main() -> None:
             f"times_{name}": [
                 round(value, 3) for value in asdict(ratio(spent, name, "ours")).values()
             ]
-            for name in LOOPS[1:]
+            for name in options.loops
         },
     }
     if not options.cpu_time:
