@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgt_diag import powergrad
+from pgt_diag.graph import CudaCapture
 from pgt_diag.powergrad import power_grad_cross_entropy
 from tests import plain_kernels
 
@@ -89,25 +90,27 @@ def test_on_a_gpu_it_is_the_formula_captured_or_not(classes: int, dtype: torch.d
     assert powergrad._fits_kernels(logits, target, None)
     for options in OPTIONS:
 
-        def both(options: dict[str, Any] = options) -> tuple[Tensor, Tensor]:
+        def both(options: dict[str, Any] = options) -> Tensor:
             loss = power_grad_cross_entropy(logits, target, **options)
-            return loss, torch.autograd.grad(loss.sum() * 3, logits)[0]
+            (gradient,) = torch.autograd.grad(loss.sum() * 3, logits)
+            return torch.cat((loss.detach().reshape(-1).float(), gradient.flatten().float()))
 
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss, gradient = both()
+            found = both()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = both()
-        graph.replay()
-        assert torch.equal(captured[0], loss)
-        assert torch.equal(captured[1], gradient)
+        capture = CudaCapture(logits.device)
+        capture.warm_up(both)
+        replay, captured = capture.capture(both)
+        replay()
+        assert torch.equal(captured, found)
+        loss, gradient = found[: -logits.numel()], found[-logits.numel() :].view_as(logits)
         alpha, smoothing, reduction = options.values()
         z, counted = logits.detach().double(), target != -100
         wanted = F.cross_entropy(z, target, label_smoothing=smoothing, reduction=reduction)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        wanted = wanted.reshape(-1)
         torch.testing.assert_close(loss.double(), wanted, rtol=tolerance, atol=tolerance)
         q = torch.full_like(z, smoothing / classes)
         q[counted, target[counted]] += 1 - smoothing

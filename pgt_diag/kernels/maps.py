@@ -25,7 +25,6 @@ def _marks(actives, channel, inside):
 @triton.jit
 def _mark(actives, channel, seen, count: tl.constexpr, row_block: tl.constexpr):
     """Put 1 into all `actives` where a channel was seen in any row, (rows, channels)."""
-    # Each thread what it has seen: to agree with the others first takes longer.
     place = tl.zeros((row_block, 1), tl.int32) + channel[None, :]
     for index in tl.static_range(count):
         tl.store(actives[index] + place, 1.0, mask=seen)
@@ -40,16 +39,16 @@ def relu_kernel(
     channels,
     count: tl.constexpr,
     blocks: tl.constexpr,
+    agree: tl.constexpr,
     row_block: tl.constexpr,
     channel_block: tl.constexpr,
 ):
     """Write max(values, 0), NaN where it is NaN, and 1 to all `actives` where a channel is not 0.
 
-    A row is the channels of one pixel of one image, which lie side by side. Nearly all programs
-    find that others have marked their channels.
+    A row is the channels of one pixel of one image, which lie side by side. agree: the threads of a
+    program mark together; otherwise each marks what it has seen and others have not.
     """
     channel = tl.program_id(1) * channel_block + tl.arange(0, channel_block)
-    marked = _marks(actives, channel, channel < channels)
     first = tl.program_id(0).to(tl.int64) * (blocks * row_block)
     seen = tl.zeros((row_block, channel_block), tl.int1)
     for block in tl.static_range(blocks):
@@ -60,7 +59,13 @@ def relu_kernel(
         result = tl.where(value <= 0, 0.0, value)
         tl.store(results + place, result, mask=inside)
         seen |= result != 0
-    _mark(actives, channel, seen & (marked == 0)[None, :], count, row_block)
+    if agree:
+        together = tl.max(seen.to(tl.int32), 0) > 0
+        for index in tl.static_range(count):
+            tl.store(actives[index] + channel, 1.0, mask=together)
+    else:
+        marked = _marks(actives, channel, channel < channels)
+        _mark(actives, channel, seen & (marked == 0)[None, :], count, row_block)
 
 
 @triton.jit(do_not_specialize=["images", "channels", "pixels"])
@@ -175,11 +180,14 @@ def write_relu(values: Tensor, results: Tensor, actives: Sequence[Tensor]) -> No
     channels = values.shape[1]
     rows = values.numel() // channels
     columns = triton.cdiv(channels, _CHANNELS)
-    # The more programs start at once, the more of them mark the same channels.
     share = triton.cdiv(rows, _ROWS) * columns // _PROGRAMS
-    blocks = 1 << min(3, max(0, share.bit_length() - 1))
+    # Few programs are done sooner if their threads do not wait for each other; were there many,
+    # they would all mark the same channels at the same time.
+    agree = share > 16
+    row_block = 2 * _ROWS if agree else _ROWS
+    blocks = 4 if agree else 1 << min(3, max(0, share.bit_length() - 1))
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        relu_kernel[(triton.cdiv(rows, blocks * _ROWS), columns)](
+        relu_kernel[(triton.cdiv(rows, blocks * row_block), columns)](
             values,
             results,
             tuple(actives),
@@ -187,7 +195,8 @@ def write_relu(values: Tensor, results: Tensor, actives: Sequence[Tensor]) -> No
             channels,
             count=len(actives),
             blocks=blocks,
-            row_block=_ROWS,
+            agree=agree,
+            row_block=row_block,
             channel_block=_CHANNELS,
             num_warps=8,
         )
