@@ -60,6 +60,9 @@ class FilterRecorder:
     A whole step may be captured as a CUDA graph, with `capture_error_mode="thread_local"` since a
     thread writes meanwhile; tell `replayed()` of every replay.
 
+    On a GPU, `nn.ReLU` modules have a `forward` of the recorder's until it is closed, which computes
+    the same and marks active channels on the way; copies of the model have their own.
+
     Under data parallelism every process makes a recorder, and only the first one (rank 0) writes:
     give it a checkpoint's state to resume from in all of them, and log values of the whole batch.
     Activity and GAP features are those of the batch that all processes share; the other

@@ -46,7 +46,9 @@ def usable(device: torch.device) -> bool:
 
 
 def _work(device: torch.device) -> bool:
-    return _norms_work(device) and _maps_work(device) and _losses_work(device)
+    return (
+        _norms_work(device) and _sgd_works(device) and _maps_work(device) and _losses_work(device)
+    )
 
 
 def _norms_work(device: torch.device) -> bool:
@@ -71,6 +73,29 @@ def _norms_work(device: torch.device) -> bool:
     )
 
 
+def _sgd_works(device: torch.device) -> bool:
+    random = torch.Generator().manual_seed(0)
+    updates, expected = [], []
+    for shape in ((3, 5), (4, 32)):
+        weight, gradient, momentum = torch.randn(3, *shape, generator=random).to(device).unbind()
+        velocity = 0.9 * momentum + gradient + 0.1 * weight
+        change = gradient + 0.1 * weight + 0.9 * velocity
+        expected.append((weight - 0.5 * change, velocity, gradient.norm(dim=1)))
+        norms = torch.full((2, len(weight)), -1.0, device=device)
+        updates.append(Update(weight, gradient, momentum, *norms))
+    step_sgd(updates, 0.5, None, momentum=0.9, weight_decay=0.1, nesterov=True)
+    found = [
+        (update.weight, update.momentum, update.gradient_norms, update.weight_norms)
+        for update in updates
+    ]
+    wanted = [(*values, values[0].norm(dim=1)) for values in expected]
+    return all(
+        torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+        for some, others in zip(found, wanted, strict=True)
+        for one, other in zip(some, others, strict=True)
+    )
+
+
 def _maps_work(device: torch.device) -> bool:
     values = torch.zeros(40, 70, 6, 5, device=device)
     values[-1, 1::2, -1, -1] = 1e-30
@@ -88,11 +113,13 @@ def _maps_work(device: torch.device) -> bool:
             means = (shown.clamp_min(0) if positive else shown).double().mean((2, 3))
             expected = 1 + means.square().sum(0)
             right = right and added and torch.allclose(squares.double(), expected)
-    results, active = torch.full_like(last, -1.0), torch.zeros(70, device=device)
-    write_relu(last, results, [active])
     wanted = last.relu()
     expected = (wanted > 0).any(3).any(2).any(0)
-    return right and torch.equal(results, wanted) and bool((active == expected).all())
+    for agree in (True, False):
+        results, active = torch.full_like(last, -1.0), torch.zeros(70, device=device)
+        write_relu(last, results, [active], agree=agree)
+        right = right and torch.equal(results, wanted) and bool((active == expected).all())
+    return right
 
 
 def _losses_work(device: torch.device) -> bool:

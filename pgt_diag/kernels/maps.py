@@ -171,19 +171,23 @@ def takes_relu(values: Tensor) -> bool:
     )
 
 
-def write_relu(values: Tensor, results: Tensor, actives: Sequence[Tensor]) -> None:
+def write_relu(
+    values: Tensor, results: Tensor, actives: Sequence[Tensor], *, agree: bool | None = None
+) -> None:
     """Write `torch.relu(values)`, and 1 into each of `actives` where a channel of it is not silent.
 
     values: (N, C, H, W), see `takes_relu`; results: like it, or itself; actives: (C,) float32 each,
-    contiguous, left as they are where the channel is silent.
+    contiguous, left as they are where the channel is silent. agree: see `relu_kernel`; by default
+    in a large map.
     """
     channels = values.shape[1]
     rows = values.numel() // channels
     columns = triton.cdiv(channels, _CHANNELS)
     share = triton.cdiv(rows, _ROWS) * columns // _PROGRAMS
-    # Few programs are done sooner if their threads do not wait for each other; were there many,
-    # they would all mark the same channels at the same time.
-    agree = share > 16
+    if agree is None:
+        # Few programs are done sooner if their threads do not wait for each other; many would all
+        # mark the same channels at the same time.
+        agree = share > 16
     row_block = 2 * _ROWS if agree else _ROWS
     blocks = 4 if agree else 1 << min(3, max(0, share.bit_length() - 1))
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
