@@ -60,8 +60,8 @@ class FilterRecorder:
     A whole step may be captured as a CUDA graph, with `capture_error_mode="thread_local"` since a
     thread writes meanwhile; tell `replayed()` of every replay.
 
-    On a GPU, `nn.ReLU` modules have a `forward` of the recorder's until it is closed, which computes
-    the same and marks active channels on the way; copies of the model have their own.
+    On a GPU, until the recorder is closed, `nn.ReLU` modules have a `forward` of its own, which
+    computes the same and marks active channels on the way; copies of the model have theirs.
 
     Under data parallelism every process makes a recorder, and only the first one (rank 0) writes:
     give it a checkpoint's state to resume from in all of them, and log values of the whole batch.
@@ -581,7 +581,8 @@ class FilterRecorder:
                 strict=True,
             )
         )
-        if not {id(weight) for weight in places} <= {id(each) for each in parameters}:
+        shared = len(places) < len(self._convolutions)  # a weight has one place to write to
+        if shared or not {id(weight) for weight in places} <= {id(each) for each in parameters}:
             return None
         others = [
             parameter for parameter in parameters if id(parameter) not in self._convolution_ids

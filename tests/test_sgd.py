@@ -134,3 +134,22 @@ def test_a_frozen_convolution_is_measured_apart(tmp_path: Path, kernels: None) -
         assert measured == pytest.approx(norms64(module.weight), rel=1e-6)
     assert run.gradient_norms("0").isna().all(axis=None)
     assert (run.gradient_norms("2") > 0).any(axis=None)
+
+
+def test_convolutions_that_share_a_weight_are_all_measured(tmp_path: Path, kernels: None) -> None:
+    torch.manual_seed(0)
+    one, other = (nn.Conv2d(3, 3, 3, bias=False) for _ in range(2))
+    other.weight = one.weight
+    model = nn.Sequential(one, nn.ReLU(), other, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    optimizer = MeasuringSGD(model.parameters(), **SETTINGS)
+    with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer):
+        for images, target in batches(3, side=14):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), target % 3).backward()
+            optimizer.step()
+    run = pgt_diag.load_run(tmp_path / "run")
+    for layer in ("0", "2"):
+        assert run.weight_norms(layer).iloc[-1].tolist() == pytest.approx(
+            norms64(one.weight), rel=1e-6
+        )
+        assert run.gradient_norms(layer).notna().all(axis=None)
