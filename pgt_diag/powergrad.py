@@ -65,7 +65,7 @@ def power_grad_cross_entropy(
     needs_gradient = torch.is_grad_enabled() and (logits.requires_grad or target.requires_grad)
     half_precision = result_dtype != dtype
     options = _Options(alpha, ignore_index, reduction, label_smoothing, dtype, keep_logits=True)
-    if needs_gradient and _fits_kernels(logits, target, weight):
+    if needs_gradient and (alpha < 1 or half_precision) and _fits_kernels(logits, target, weight):
         loss = cast(Tensor, _KernelPowerGradCrossEntropy.apply(logits, target, options))
     elif not needs_gradient or (alpha == 1 and not half_precision):
         loss = F.cross_entropy(

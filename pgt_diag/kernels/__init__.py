@@ -54,7 +54,7 @@ def _work(device: torch.device) -> bool:
 def _norms_work(device: torch.device) -> bool:
     random = torch.Generator().manual_seed(0)
     shapes = ((5, 3, 3), (3, 1500), (7, 64, 3, 3))
-    weights = [torch.randn(shape, generator=random).to(device) for shape in shapes]
+    weights = [torch.randn(shape, generator=random, device="cpu").to(device) for shape in shapes]
     weights[0][1] *= 1e-30
     weights[0][2] = 0
     outs = [torch.full((len(weight),), -1.0, device=device) for weight in weights]
@@ -77,7 +77,9 @@ def _sgd_works(device: torch.device) -> bool:
     random = torch.Generator().manual_seed(0)
     updates, expected = [], []
     for shape in ((3, 5), (4, 32)):
-        weight, gradient, momentum = torch.randn(3, *shape, generator=random).to(device).unbind()
+        weight, gradient, momentum = (
+            torch.randn(3, *shape, generator=random, device="cpu").to(device).unbind()
+        )
         velocity = 0.9 * momentum + gradient + 0.1 * weight
         change = gradient + 0.1 * weight + 0.9 * velocity
         expected.append((weight - 0.5 * change, velocity, gradient.norm(dim=1)))
@@ -124,7 +126,7 @@ def _maps_work(device: torch.device) -> bool:
 
 def _losses_work(device: torch.device) -> bool:
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(5, 3000, generator=random).to(device)
+    logits = torch.randn(5, 3000, generator=random, device="cpu").to(device)
     target = torch.tensor([7, 2999, -100, 0, 1], device=device)
     alpha, counted = 0.25, target != -100
     named: dict[str, Any] = {"alpha": alpha, "smoothing": 0.1, "ignore_index": -100}
