@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from commands.app import main
 from pgt_diag import checkpoint, training
 from pgt_diag.config import RunConfig
 from pgt_diag.data import load_data
@@ -272,6 +273,34 @@ def test_torchrun_starts_killed_processes_again_and_nothing_is_lost(
     assert difference(contents(tmp_path / "run"), undisturbed) is None
 
 
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
+def test_nodes_start_killed_processes_again_and_nothing_is_lost(
+    victim: int, undisturbed: dict[str, Any], tmp_path: Path
+) -> None:
+    with socket.create_server(("localhost", 0)) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+    # Two agents stand for two machines. Each counts its own restarts: one of them only.
+    nodes = [
+        torchrun(
+            *("--nnodes=2", "--nproc-per-node=1", "--max-restarts=2"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
+            *("-m", "pgt_diag", "train", *OPTIONS, "--run-dir=run", "--resume=auto"),
+            cwd=tmp_path,
+        )
+        for _ in range(2)
+    ]
+    wait_for(lambda: newest_checkpoint(tmp_path / "run") > 0, nodes[victim])
+    [started] = children(nodes[victim].pid)
+    os.kill(started, signal.SIGKILL)
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    found = load_run(tmp_path / "run")
+    assert found.info["environment"]["processes"] == 2
+    assert found.info["resumed_from"]
+    assert sum(out.count("done: test accuracy") for out, _ in outputs) == 1
+    assert difference(contents(tmp_path / "run"), undisturbed) is None
+
+
 @pytest.mark.parametrize(
     "sent",
     [
@@ -339,28 +368,11 @@ def test_a_launcher_that_stands_still_does_not_stop_the_run(
     assert process.returncode == 0, errors
 
 
-def test_several_nodes_and_a_batch_size_for_each_process(tmp_path: Path) -> None:
-    options = [option for option in OPTIONS if "epochs" not in option]
-    with socket.create_server(("localhost", 0)) as server:
-        endpoint = f"localhost:{server.getsockname()[1]}"
-    # Two agents stand for two machines, each with a process of its own.
-    nodes = [
-        torchrun(
-            *("--nnodes=2", "--nproc-per-node=1"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"),
-            *("-m", "pgt_diag", "train", *options, "--epochs=1", "--warmup-epochs=0.5"),
-            *("--batch-per=process", "--name=x"),
-            cwd=tmp_path,
-        )
-        for _ in range(2)
-    ]
-    outputs = [node.communicate(timeout=300) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    found = load_run(tmp_path / "runs" / "x")
-    assert found.config is not None
-    assert found.config.batch_size == 18
-    assert found.info["environment"]["processes"] == 2
-    assert sum(out.count("done: test accuracy") for out, _ in outputs) == 1
+def test_the_batch_size_may_be_that_of_each_process(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", *OPTIONS, "--nproc=2", "--batch-per=process", "--dry-run", "--json"]
+    assert main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert (plan["processes"], plan["config"]["batch_size"]) == (2, 18)
 
 
 def test_processes_meet_each_other_and_not_what_an_earlier_attempt_left() -> None:
