@@ -207,8 +207,12 @@ class Server:
 
 
 def serve() -> None:
-    import pydantic.type_adapter  # noqa: F401 (rich needs it; imported here, not in every child)
+    # What is imported late, typer's, rich's and pyarrow's: here, and not in every child.
+    import pyarrow.dataset  # noqa: F401
+    import pydantic.type_adapter  # noqa: F401
+    import rich._emoji_codes  # noqa: F401
     import torch
+    import typer._adapters  # noqa: F401
 
     from commands import app, console  # noqa: F401
     from pgt_diag import resuming, training  # noqa: F401

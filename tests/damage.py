@@ -15,12 +15,16 @@ from pgt_diag.directory import open_info, seal_info
 from pgt_diag.resuming import resume_point
 from pgt_diag.storage import fingerprint
 from pgt_diag.training import train
+from tests.crash import MODEL, register_net
+
+register_net()
 
 EXIT_CODES = (0, 1, 2, 3, 4)
 OPTIONS = {
     "dataset": "synthetic",
-    "model": "squeezenet1_1",
-    "image_size": 32,
+    "model": MODEL,
+    "norm": "batch",
+    "image_size": 14,
     "batch_size": 16,
     "synthetic_images": 64,
     "epochs": 2,

@@ -236,6 +236,11 @@ def in_checkpoint(*path: str | int, value: Any) -> Change:
     return checkpoint_edit(edit)
 
 
+HUGE_IMAGES = checkpoint_edit(
+    lambda state: state["config"].update(synthetic_images=1_000_000, image_size=32)
+)
+
+
 class Touch:
     """Pickled, it runs a command when it is loaded."""
 
@@ -768,7 +773,7 @@ def checkpoint_changes(witness: Path) -> dict[str, Change]:
         "NUL in config": in_checkpoint("config", "data", value="\0"),
         "a config of another model": in_checkpoint("config", "model", value="shufflenet_v2_x0_5"),
         "a config of other images": in_checkpoint("config", "synthetic_images", value=100),
-        "a config of huge images": in_checkpoint("config", "synthetic_images", value=1_000_000),
+        "a config of huge images": HUGE_IMAGES,
         "a config of huge sizes": in_checkpoint("config", "image_size", value=4096),
         "a config of a huge batch": in_checkpoint("config", "batch_size", value=10**30),
         "a config of huge epochs": in_checkpoint("config", "epochs", value=10**30),
@@ -806,7 +811,7 @@ def checkpoint_changes(witness: Path) -> dict[str, Change]:
         ),
         "weights missing": checkpoint_edit(lambda s: s["model"].pop(next(iter(s["model"])))),
         "weights of NaN": checkpoint_edit(
-            lambda s: [weight.fill_(float("nan")) for weight in s["model"].values()]
+            lambda s: [w.fill_(torch.nan) for w in s["model"].values() if w.is_floating_point()]
         ),
         "random numbers of another size": in_checkpoint(
             "random", 0, "cpu", value=torch.zeros(3, dtype=torch.uint8)

@@ -12,9 +12,8 @@ import typer
 from commands.app import main
 from pgt_diag.errors import NoSpaceError
 from pgt_diag.run import load_run
-from reports.demo import DemoRun, demo_runs
+from reports.demo import demo_runs
 from reports.output import write_output
-from reports.page import build_page
 from tests import runs
 
 TINY = [
@@ -220,9 +219,3 @@ def test_watch_ends_with_control_c_and_says_when_a_run_is_silent(folder, monkeyp
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("table2.csv (")
     assert "no new data since 1,00" in second and second.endswith("still waiting, Ctrl-C ends")
-
-
-def test_a_page_of_many_runs_stays_of_a_size(recorded):
-    """Every run adds its lines within one budget; only its own rows of tables come on top."""
-    runs = [DemoRun(f"run {i}", None, 0.3, 120, 2, seed=i) for i in range(20)]
-    assert len(build_page(runs).encode()) < 14e6

@@ -29,7 +29,7 @@ pytest.importorskip("ray")
 SECONDS = 600
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own, which it leaves behind when its driver is killed with -9; they run no tasks."""
-VALUES = {"seed": [0, 1, 2], "epochs": 10}
+VALUES = {"seed": [0, 1, 2], "epochs": 6}
 
 
 @pytest.fixture

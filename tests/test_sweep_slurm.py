@@ -96,7 +96,7 @@ def test_a_minute_before_its_end_a_task_writes_a_checkpoint_and_is_queued_again(
     tmp_path: Path, cluster: dict[str, str], capsys: Any
 ) -> None:
     folder = tmp_path / "runs"
-    values = {"epochs": 12}
+    values = {"epochs": 6}
     script = write(folder, values, capsys)["script"]
     (row,) = build_grid(None, {**TINY, **values}).rows
     process = task(script, 1, cluster, tmp_path)

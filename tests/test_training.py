@@ -30,6 +30,7 @@ from pgt_diag.progress import Listener, Plan, Progress
 from pgt_diag.resuming import resume_point
 from pgt_diag.schedules import learning_rate
 from pgt_diag.step import build_optimizer
+from tests.ranks import SmallNet
 from tests.runs import contents, difference
 
 TINY = {
@@ -59,17 +60,20 @@ def clip_globally(model: nn.Module, largest: float) -> None:
 
 def clip_filters(model: nn.Module, factor: float, eps: float) -> None:
     for name, parameter in model.named_parameters():
-        if not name.startswith("fc."):
-            for weight, gradient in zip(parameter.detach(), parameter.grad, strict=True):
+        if not name.startswith(("fc.", "classifier.")):
+            weights, gradients = parameter.detach(), parameter.grad
+            if parameter.ndim == 1:
+                weights, gradients = weights[None], gradients[None]
+            for weight, gradient in zip(weights, gradients, strict=True):
                 largest = factor * max(float(weight.norm()), eps)
                 gradient *= min(1.0, largest / max(float(gradient.norm()), 1e-30))
 
 
-def reference_run(config: RunConfig) -> tuple[dict[str, Tensor], float]:
+def reference_run(config: RunConfig, build: Any) -> tuple[dict[str, Tensor], float]:
     """Clip, then decay, then Nesterov momentum, written out; weights and test accuracy."""
     data = load_data(config)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, num_classes=3, norm=config.norm, stem=config.stem)
+    model = build(config.model, num_classes=3, norm=config.norm, stem=config.stem)
     momentum = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     iteration = 0
     for epoch in range(config.epochs):
@@ -108,16 +112,9 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
-def built_models(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    models: list[nn.Module] = []
-
-    def build(*args: Any, **kwargs: Any) -> nn.Module:
-        models.append(build_model(*args, **kwargs))
-        return models[-1]
-
-    monkeypatch.setattr(training, "build_model", build)
-    return models
+def small_net(*_: Any, **options: Any) -> nn.Module:
+    """Build, as `build_model` does, a network of few weights, which has biases and dead filters."""
+    return SmallNet(options["norm"])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -130,18 +127,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "build"),
+    [*((variant, small_net) for variant in VARIANTS), (str(Method.AGC_PGT), build_model)],
+)
 def test_every_method_trains_as_the_loop_written_out(
-    variant: str, tmp_path: Path, built_models: list[nn.Module], float64: None
+    variant: str, build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, float64: None
 ) -> None:
     config = tiny(**VARIANTS[variant], weight_decay=0.05)
+    models: list[nn.Module] = []
+
+    def built(*arguments: Any, **options: Any) -> nn.Module:
+        models.append(build(*arguments, **options))
+        return models[-1]
+
+    monkeypatch.setattr(training, "build_model", built)
     training.train(config, tmp_path / "run")
-    weights, accuracy = reference_run(config)
+    weights, accuracy = reference_run(config, build)
     torch.manual_seed(config.seed)
-    start = build_model("resnet18", num_classes=3).state_dict()
+    start = build(config.model, num_classes=3, norm=config.norm, stem=config.stem).state_dict()
     for name, expected in weights.items():
         moved = (expected - start[name]).norm()
-        error = (built_models[0].state_dict()[name] - expected).norm()
+        error = (models[0].state_dict()[name] - expected).norm()
+        assert moved > 0, name
         assert error < 1e-5 * moved, name  # clip_grad_norm_ adds 1e-6 to the norm
     run = pgt_diag.load_run(tmp_path / "run")
     assert run.metrics["test_accuracy"].iloc[-1] == pytest.approx(accuracy)
