@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pgt_diag
+from pgt_diag import recorder
 from pgt_diag.sgd import MeasuringSGD
 from tests import plain_kernels
 from tests.loops import batches, norms64, small_net
@@ -117,6 +118,29 @@ def test_a_skipped_step_is_measured_and_changes_nothing(tmp_path: Path, kernels:
     assert run.weight_norms("0").iloc[-1].tolist() == pytest.approx(
         norms64(model[0].weight), rel=1e-6
     )
+
+
+def test_a_recorder_reads_nothing_that_the_step_has_measured(
+    tmp_path: Path, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_net()
+    optimizer = MeasuringSGD(model.parameters(), **SETTINGS)
+    read: list[int] = []
+    counted = recorder.filter_norms
+
+    def filter_norms(weights: Any, outs: Any) -> None:
+        read.append(len(weights))
+        counted(weights, outs)
+
+    with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer):
+        monkeypatch.setattr(recorder, "filter_norms", filter_norms)
+        for images, target in batches(4, side=14):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), target).backward()
+            optimizer.step()
+    # The first step has no momentum yet: five gradients are read, and two weights.
+    assert read == [5, 2]
+    assert pgt_diag.load_run(tmp_path / "run").iterations["grad_norm"].gt(0).all()
 
 
 def test_a_frozen_convolution_is_measured_apart(tmp_path: Path, kernels: None) -> None:
