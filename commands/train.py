@@ -37,7 +37,7 @@ from pgt_diag.config import (
     read_toml,
 )
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.parent import end_with_parent
+from pgt_diag.parent import end_with_parent, is_launched
 
 if TYPE_CHECKING:
     from commands.console import TrainingConsole
@@ -247,7 +247,7 @@ def train(
     ),
 ) -> None:
     """Train a network, by default non-BN ResNet-18 on embedded digits, and record every filter."""
-    if _is_launched():
+    if is_launched():
         end_with_parent()  # which may die before torch is loaded
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
@@ -263,7 +263,7 @@ def train(
         raise ConfigurationError("--resume goes on with a run, and --force replaces it")
     if resume is None:
         _check_effect(given, run_config)
-    if processes > 1 and not _is_launched() and not dry_run:
+    if processes > 1 and not is_launched() and not dry_run:
         from pgt_diag.launcher import launch
 
         started = launch(processes, lambda again: _worker_arguments(directory, again=again), _tell)
@@ -320,17 +320,12 @@ def _resume_point(directory: Path, resume: Resume | None) -> "ResumePoint | None
 
 def _processes(nproc: int) -> int:
     """Return how many processes train together: as asked for here, or of torchrun."""
-    if not _is_launched():
+    if not is_launched():
         return nproc
     started = int(os.environ["WORLD_SIZE"])
     if nproc not in (1, started):
         raise ConfigurationError(f"--nproc is {nproc}, and torchrun started {started} processes")
     return started
-
-
-def _is_launched() -> bool:
-    """Whether this is one of the processes that torchrun, or `--nproc`, has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _worker_arguments(directory: Path, *, again: bool) -> list[str]:
@@ -339,9 +334,9 @@ def _worker_arguments(directory: Path, *, again: bool) -> list[str]:
     for argument in left:
         if argument in ("--name", "--run-dir"):
             next(left)
-        elif not argument.startswith(("--name=", "--run-dir=")) and not (
-            again and (argument == "--force" or argument.startswith("--resume"))
-        ):
+        elif argument.startswith(("--name=", "--run-dir=")) or (again and argument == "--force"):
+            continue
+        else:
             arguments.append(argument)
     more = ["--resume=auto"] if again else []
     return [*arguments, f"--run-dir={directory}", *more]
@@ -366,7 +361,7 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if _is_launched():
+        if is_launched():
             # When one process ends, the others get it; at exit it would decide their exit code.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pgt_diag
+from pgt_diag.parent import leave
 
 
 def main() -> int:
@@ -21,7 +22,7 @@ def main() -> int:
             return 2
     from commands.app import main as run
 
-    return run()
+    return leave(run())
 
 
 if __name__ == "__main__":

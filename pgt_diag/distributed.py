@@ -176,6 +176,17 @@ class World:
         value: Value = values[0]
         return value
 
+    def on_each_machine(self, make: Callable[[], object]) -> None:
+        """Call `make()` in the first process, then in one process of every other machine.
+
+        What the first one made on a disk that they share is there for the others. Raises, in all
+        processes, the PgtDiagError that it raises.
+        """
+        self.from_first(make)
+        with self.together():
+            if not self.first and os.environ["LOCAL_RANK"] == "0":
+                make()
+
     def sum_(self, values: Tensor) -> Tensor:
         """Add up everybody's tensor, of the same shape, on the training device, in place."""
         if self.size > 1:

@@ -1,13 +1,33 @@
-"""The process that started this one, as one of several: nobody else would end it."""
+"""Being one of several processes that somebody has started: how such a one ends."""
 
 import ctypes
 import os
 import signal
 import sys
+from contextlib import suppress
 
 LAUNCHER = "PGT_DIAG_LAUNCHER"
 """Where `sweep` tells `train --nproc`, and that its processes, the number of its own process."""
 _PR_SET_PDEATHSIG = 1
+
+
+def is_launched() -> bool:
+    """Whether this is one of the processes that torchrun, or `--nproc`, has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def leave(code: int) -> int:
+    """End one of several processes with this code, at once; return it in any other process.
+
+    A thread of gloo's that gives a tensor back while Python ends aborts the process, and whoever
+    started it believes that it was killed, and starts it again.
+    """
+    if is_launched():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def end_with_parent() -> None:

@@ -228,7 +228,7 @@ class _Session:
 
     def _load_data(self, *, download: bool) -> ImageData:
         if download and self.world.size > 1:
-            self.world.from_first(self._fetch_data)
+            self.world.on_each_machine(self._fetch_data)
             download = False
         return load_data(self.config, device=self.device, download=download, shard=self.world.shard)
 

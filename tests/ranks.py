@@ -5,6 +5,7 @@ In float64 the order of additions does not matter to 1e-12, as it does in float3
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -18,6 +19,7 @@ from pgt_diag import training
 from pgt_diag.config import Norm, RunConfig
 from pgt_diag.distributed import World
 from pgt_diag.errors import PeerError
+from pgt_diag.parent import leave
 from pgt_diag.recorder import FilterRecorder
 from pgt_diag.resuming import resume_point
 
@@ -133,13 +135,22 @@ def record_scaled_loop(path: Path, world: World) -> None:
         path.with_suffix(".json").write_text(json.dumps(told))
 
 
+def note_calls(path: Path, world: World) -> None:
+    """Write down which process does what each machine needs once: of one machine, and of two."""
+    for local in (world.rank, 0):
+        os.environ["LOCAL_RANK"] = str(local)
+        world.on_each_machine(lambda: path.open("a").write(f"{world.rank}\n"))
+
+
 def main(folder: Path, cases: dict[str, Any]) -> None:
     with contextlib.suppress(PeerError), World.join() as world:
         for name, case in cases.items():
             train(folder / name, case["values"], case.get("stop_at"), world)
         record_own_loop(folder / "own loop", world)
         record_scaled_loop(folder / "scaled", world)
+        note_calls(folder / "calls.txt", world)
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    leave(0)

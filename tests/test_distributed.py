@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from commands.app import main
+from commands.train import _worker_arguments
 from pgt_diag import checkpoint, training
 from pgt_diag.config import RunConfig
 from pgt_diag.data import load_data
@@ -253,6 +254,31 @@ def test_a_killed_process_is_started_again_and_nothing_is_lost(
     assert difference(contents(tmp_path / "run"), undisturbed) is None
 
 
+@pytest.mark.parametrize("typed", ["--force", "--resume", "--resume=auto", "--resume auto"])
+def test_processes_that_start_again_are_told_to_go_on_whatever_was_typed(
+    typed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", *OPTIONS, *typed.split(), "--run-dir", "run"]
+    monkeypatch.setattr(sys, "argv", ["pgt-diag", *words])
+    arguments = _worker_arguments(tmp_path / "run", again=True)
+    assert main([*arguments, "--dry-run"]) == 0
+
+
+def test_one_of_several_processes_leaves_before_python_ends(tmp_path: Path) -> None:
+    # While Python ends, a thread of gloo's may abort the process.
+    code = (
+        "import atexit, sys; from pgt_diag.__main__ import main; "
+        "atexit.register(print, 'Python ends'); sys.exit(main())"
+    )
+    rank = {"RANK": "0", "WORLD_SIZE": "1"}
+    for variables, told in ({}, "Python ends\n"), (rank, ""):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        words = [sys.executable, "-c", code, "train", "--epochs=0"]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, told)
+        assert done.stderr.startswith("pgt-diag: error: --epochs is 0")
+
+
 @pytest.mark.parametrize("killed", [(0,), pytest.param((1, 0), marks=pytest.mark.long)])
 def test_torchrun_starts_killed_processes_again_and_nothing_is_lost(
     killed: tuple[int, ...], undisturbed: dict[str, Any], tmp_path: Path
@@ -449,6 +475,11 @@ def test_a_step_that_overflows_in_one_process_is_skipped_by_all(shared: Path) ->
     assert 0 < sum(overflowed[1]) <= sum(skipped[0]) < len(skipped[0])
     assert not any(overflowed[0]), "the first process alone would have skipped nothing"
     assert load_run(shared / "scaled").iteration_count == skipped[0].count(False)
+
+
+def test_what_a_machine_needs_is_fetched_once_on_each(shared: Path) -> None:
+    on_one_machine, on_two = ["0"], ["0", "1"]
+    assert (shared / "calls.txt").read_text().split() == on_one_machine + on_two
 
 
 def test_bad_images_of_all_processes_are_listed(shared: Path) -> None:
