@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  pgt-diag sweep --preset table2-smoke         on digits: 40 minutes, 2 cores
+  pgt-diag sweep --preset table2-smoke         on digits: 45 minutes, 2 cores
   pgt-diag sweep --preset table2 --data IMAGENET_DIR --seeds 3 --dry-run
   pgt-diag sweep --preset table1 --data IMAGENET_DIR --sweep-dir sweeps/bn
   pgt-diag sweep --preset table3 --data IMAGENET_DIR --sweep-dir sweeps/bn
@@ -101,6 +101,12 @@ def sweep(
         None, help="Directory of the runs; by default sweeps/NAME.", rich_help_panel=RUNS
     ),
     data: str | None = typer.Option(None, help="The data set's folder.", rich_help_panel=RUNS),
+    download: bool = typer.Option(
+        False,
+        "--download",
+        help="First fetch the data set to this machine if it is missing.",
+        rich_help_panel=RUNS,
+    ),
     device: Device | None = typer.Option(
         None, help="Where to train.", show_default="auto", rich_help_panel=RUNS
     ),
@@ -190,8 +196,12 @@ def sweep(
     if dry_run:
         print_plan(grid, folder, nproc, retry_failed=retry_failed, json_output=json_output)
         return
+    if download:
+        from pgt_diag.sweep.making import fetch_data
+
+        fetch_data(grid.rows)
     if engine is Engine.SLURM:
-        _write_job_array(
+        _write_job_arrays(
             grid, folder, nproc, cpus_per_run, gpus_per_run,
             retry_failed=retry_failed, json_output=json_output,
         )  # fmt: skip
@@ -254,7 +264,7 @@ def _check_engine(
         )
 
 
-def _write_job_array(
+def _write_job_arrays(
     grid: Grid,
     folder: Path,
     processes: int,
@@ -264,10 +274,10 @@ def _write_job_array(
     retry_failed: bool,
     json_output: bool,
 ) -> None:
-    """Write the job array of what is to do, and say how to submit it."""
+    """Write the job arrays of what is to do, and say how to submit them."""
     from commands.terminal import say
     from pgt_diag.sweep.making import is_to_do, starting_point
-    from pgt_diag.sweep.slurm import write_job_array
+    from pgt_diag.sweep.slurm import write_job_arrays
     from pgt_diag.sweep.status import State, status_of
 
     statuses = [status_of(row, folder) for row in grid.rows]
@@ -275,27 +285,26 @@ def _write_job_array(
     for status in statuses:
         if status.state is State.FAILED and is_to_do(status, retry_failed=retry_failed):
             starting_point(folder / status.row.name, retry_failed=True)
-    script = None
-    if rows:
-        script = write_job_array(
-            rows, folder, processes=processes, cpus_per_run=cpus, gpus_per_run=gpus
-        )
+    scripts = write_job_arrays(
+        rows, folder, processes=processes, cpus_per_run=cpus, gpus_per_run=gpus
+    )
     if json_output:
         values: dict[str, Any] = {"sweep_dir": str(folder), "rows": len(rows)}
-        print(json.dumps(values | {"script": str(script) if script else None}))
+        print(json.dumps(values | {"scripts": list(map(str, scripts))}))
         return
     for status in statuses:
         if status.state is State.FAILED and not retry_failed:
             say(f"failed: {status.row.name}: {status.message}")
     left = len(grid.rows) - len(rows)
-    if script is None:
+    if not scripts:
         say(f"nothing to submit: {left} of {len(grid.rows)} runs are finished, failed or running")
     else:
         if gpus is None and any(row.config.device is not Device.CPU for row in rows):
             say("note: the tasks ask Slurm for no GPU; --gpus-per-run N does", stderr=True)
+        submit = " && ".join(f"sbatch --time=24:00:00 {shlex.quote(str(s))}" for s in scripts)
         say(
-            f"{script}: {len(rows)} of {len(grid.rows)} runs; learning rate {grid.rule}; "
-            f"submit with: sbatch --time=24:00:00 {shlex.quote(str(script))}"
+            f"{folder}: {len(rows)} of {len(grid.rows)} runs; learning rate {grid.rule}; "
+            f"submit with: {submit}"
         )
 
 

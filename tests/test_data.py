@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
+from commands.app import main
 from pgt_diag.config import Augment, DatasetName, RunConfig
 from pgt_diag.data import load_data, sources
 from pgt_diag.errors import ConfigurationError, DataError
@@ -499,7 +500,9 @@ def test_a_failed_download_is_one_clear_line(tmp_path, monkeypatch, dataset, err
     assert "\n" not in str(caught.value)
 
 
-def test_a_download_goes_to_the_users_cache_and_is_found_there_afterwards(tmp_path, monkeypatch):
+@pytest.fixture
+def offered(tmp_path, monkeypatch):
+    """Fashion-MNIST is nowhere on this machine, and its server has a small one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
     source = tmp_path / "server"
@@ -510,9 +513,21 @@ def test_a_download_goes_to_the_users_cache_and_is_found_there_afterwards(tmp_pa
         (tmp_path / "pgt-diag/FashionMNIST/raw" / filename.removesuffix(".gz")).write_bytes(raw)
 
     monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", fetch)
+
+
+def test_a_download_goes_to_the_users_cache_and_is_found_there_afterwards(offered):
     fetched = open_set("fashion-mnist", download=True)
     assert fetched.train_size == 100
     assert open_set("fashion-mnist").description() == fetched.description()
+
+
+def test_a_sweep_fetches_its_data_before_any_run(offered, tmp_path):
+    grid = tmp_path / "grid.toml"
+    grid.write_text('dataset = "fashion-mnist"\nbatch_size = [8, 16]\n')
+    command = ["sweep", f"--config={grid}", f"--sweep-dir={tmp_path / 'runs'}", "--engine=slurm"]
+    assert main([*command, "--download"]) == 0
+    assert open_set("fashion-mnist").train_size == 100
+    assert main([*command, "--download", "--set=dataset=imagefolder", "--set=data=x"]) == 2
 
 
 @pytest.mark.gpu

@@ -264,6 +264,12 @@ def test_a_run_that_fails_in_several_processes_says_why(tmp_path: Path) -> None:
     assert "need at least 10 images" in str(status.message)
 
 
+def test_data_that_several_processes_cannot_load_end_the_sweep(tmp_path: Path) -> None:
+    rows = rows_of(dataset="cifar10", data=str(tmp_path / "nothing"), seed=[0, 1])
+    with pytest.raises(DataError, match=r"no intact copy in .*nothing"):
+        make_rows(rows, tmp_path / "runs", processes=2)
+
+
 def test_two_sweeps_at_once_make_each_run_once(tmp_path: Path, alone: Any) -> None:
     values = {"seed": [0, 1, 2, 3]}
     processes = [start(*sweep_command(values), cwd=tmp_path) for _ in range(2)]

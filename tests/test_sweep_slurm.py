@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from commands.app import main
-from pgt_diag.sweep.grid import Row, build_grid
+from pgt_diag.sweep.grid import Row, SweepPreset, build_grid
 from pgt_diag.sweep.making import make_rows
 from pgt_diag.sweep.status import State, status_of
 from tests.runs import contents, difference
@@ -67,12 +67,12 @@ def test_each_task_makes_its_row_as_this_process_would(
     values = {"method": ["baseline", "agc+pgt"]}
     written = write(folder, values, capsys, "--cpus-per-run=2", "--gpus-per-run=1")
     assert written["rows"] == 2
-    script = Path(written["script"]).read_text()
+    script = Path(written["scripts"][0]).read_text()
     lines = script.splitlines()
     wanted = "array=1-2", "requeue", "signal=B:USR1@60", "cpus-per-task=2", "gpus-per-node=1"
     assert {f"#SBATCH --{option}" for option in wanted} <= set(lines)
     rows = build_grid(None, {**TINY, **values}).rows
-    process = task(written["script"], 2, cluster, tmp_path)
+    process = task(written["scripts"][0], 2, cluster, tmp_path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert [status_of(row, folder).state for row in rows] == [State.NEW, State.FINISHED]
@@ -81,13 +81,13 @@ def test_each_task_makes_its_row_as_this_process_would(
     assert difference(contents(folder / name), contents(tmp_path / "here" / name)) is None
 
     before = files(folder / name)
-    process = task(written["script"], 2, cluster, tmp_path)
+    process = task(written["scripts"][0], 2, cluster, tmp_path)
     assert process.communicate(timeout=120)[0].startswith("already finished")
     assert files(folder / name) == before
 
     again = write(folder, values, capsys)
     assert again["rows"] == 1, "what is finished is not submitted again"
-    process = task(written["script"], 2, cluster, tmp_path)
+    process = task(written["scripts"][0], 2, cluster, tmp_path)
     assert " has no row 2" in process.communicate(timeout=120)[1]
     assert process.returncode == 2
 
@@ -97,7 +97,7 @@ def test_a_minute_before_its_end_a_task_writes_a_checkpoint_and_is_queued_again(
 ) -> None:
     folder = tmp_path / "runs"
     values = {"epochs": 6}
-    script = write(folder, values, capsys)["script"]
+    script = write(folder, values, capsys)["scripts"][0]
     (row,) = build_grid(None, {**TINY, **values}).rows
     process = task(script, 1, cluster, tmp_path)
     _wait_for_iterations(row, folder, process)
@@ -134,7 +134,7 @@ def test_a_task_of_several_processes(tmp_path: Path, capsys: Any) -> None:
 def test_only_what_its_time_limit_stopped_is_queued_again(
     tmp_path: Path, cluster: dict[str, str], capsys: Any, sent: int, code: int, requeued: bool
 ) -> None:
-    script = write(tmp_path / "runs", {}, capsys)["script"]
+    script = write(tmp_path / "runs", {}, capsys)["scripts"][0]
     # In the place of a run: it says when it listens, and ends with this code when told to.
     stays = f"trap 'exit {code}' USR1 TERM; touch listens; while :; do sleep 0.01; done"
     (tmp_path / "runs" / "setup.sh").write_text(f"eval() {{ {stays}; }}")
@@ -148,12 +148,30 @@ def test_only_what_its_time_limit_stopped_is_queued_again(
     assert (tmp_path / "requeued").exists() == requeued
 
 
+def test_more_rows_than_slurm_takes_as_one_array_are_several(tmp_path: Path, capsys: Any) -> None:
+    command = ["sweep", "--preset=table2-smoke", "--seeds=102", f"--sweep-dir={tmp_path}"]
+    assert main([*command, "--engine=slurm"]) == 0
+    told = capsys.readouterr().out
+    first, second = (tmp_path / name for name in ("sweep.sbatch", "sweep-2.sbatch"))
+    assert f"--time=24:00:00 {first} && sbatch --time=24:00:00 {second}" in told
+    rows: list[str] = []
+    for script, count in ((first, 1000), (second, 20)):
+        text = script.read_text()
+        assert f"#SBATCH --array=1-{count}\n" in text
+        found = re.search(r"rows-\w+\.txt", text)
+        assert found is not None
+        rows += (tmp_path / found[0]).read_text().splitlines()
+    wanted = build_grid(SweepPreset.TABLE2_SMOKE, {"seed": list(range(102))}).rows
+    assert [shlex.split(row)[-3] for row in rows] == [str(tmp_path / row.name) for row in wanted]
+
+
 def test_a_waiting_job_array_keeps_its_rows_and_finds_its_data_and_programs(
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = {"dataset": "cifar10", "data": "my images"}
-    first = Path(write(tmp_path / "runs", {**data, "seed": [0, 1]}, capsys)["script"]).read_text()
+    [script] = write(tmp_path / "runs", {**data, "seed": [0, 1]}, capsys)["scripts"]
+    first = Path(script).read_text()
     write(tmp_path / "runs", {**data, "seed": [1]}, capsys)
     name = re.search(r"rows-\w+\.txt", first)
     assert name is not None
@@ -169,7 +187,7 @@ def test_failed_rows_are_submitted_on_request(tmp_path: Path, capsys: Any) -> No
     rows = build_grid(None, {**TINY, **DIVERGING}).rows
     make_rows(rows, folder)
     assert write(folder, DIVERGING, capsys) == {
-        "sweep_dir": str(folder), "rows": 0, "script": None
+        "sweep_dir": str(folder), "rows": 0, "scripts": []
     }  # fmt: skip
     assert write(folder, DIVERGING, capsys, "--retry-failed")["rows"] == 1
     # Out of the way: `--resume auto` starts it, and after a requeue goes on with it.

@@ -14,6 +14,7 @@ import torch
 
 from pgt_diag import checkpoint, storage, training
 from pgt_diag.config import RESUMABLE_WITH, RunConfig
+from pgt_diag.data import load_data
 from pgt_diag.directory import RUN_FILE
 from pgt_diag.errors import DataError, NoSpaceError, RunDirectoryError, storage_error
 from pgt_diag.progress import Listener
@@ -132,6 +133,15 @@ def make_rows(
         if not progressed:
             time.sleep(_LOOK_SECONDS)
     return [results[row] for row in rows]
+
+
+def fetch_data(rows: Sequence[Row]) -> None:
+    """Fetch the rows' data sets to this machine, where they are missing.
+
+    Raises ConfigurationError for an image folder, which nobody offers, and DataError.
+    """
+    for config in {(r.config.dataset, r.config.data): r.config for r in rows}.values():
+        load_data(config, download=True)
 
 
 def _tell(row: Row, folder: Path, listener: SweepListener) -> None:

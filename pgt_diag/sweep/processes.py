@@ -1,5 +1,6 @@
 """A row's run made by several processes that share every batch: `pgt-diag train --nproc`."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pgt_diag.errors import NoSpaceError, PgtDiagError
+from pgt_diag.data import load_data
+from pgt_diag.errors import ConfigurationError, DataError, NoSpaceError, PgtDiagError
 from pgt_diag.parent import LAUNCHER
 from pgt_diag.sweep.grid import Row
 
@@ -22,9 +24,9 @@ def train_in_processes(
 ) -> None:
     """Make a row's run, or go on with it; `look` is called now and then meanwhile.
 
-    When this process is killed, so are those. Raises NoSpaceError for a full disk,
-    KeyboardInterrupt when `stop` said so and it has stopped with a checkpoint, and PgtDiagError,
-    with the last line that was told, for anything else.
+    When this process is killed, so are those. Raises DataError for data that cannot be loaded,
+    NoSpaceError for a full disk, KeyboardInterrupt when `stop` said so and it has stopped with a
+    checkpoint, and PgtDiagError, with the last line that was told, for anything else.
     """
     command = row.command(directory, processes)
     with tempfile.TemporaryFile() as told:
@@ -51,6 +53,10 @@ def train_in_processes(
         lines = told.read().decode(errors="replace").splitlines()
     if code == _INTERRUPTED:
         raise KeyboardInterrupt
+    if code == DataError.exit_code:
+        # The same code says that the run's directory cannot be used.
+        with contextlib.suppress(ConfigurationError):
+            load_data(row.config)
     if code:
         errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
         kind = NoSpaceError if code == NoSpaceError.exit_code else PgtDiagError

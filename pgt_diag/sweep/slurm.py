@@ -12,26 +12,48 @@ from pathlib import Path
 from pgt_diag import storage
 from pgt_diag.sweep.grid import Row
 
-SCRIPT_FILE = "sweep.sbatch"
 SETUP_FILE = "setup.sh"
 """A user's own, in the sweep's folder: what a task does before its run, such as module load."""
+_MOST_TASKS = 1000
+"""Of an array, where a cluster has not set another MaxArraySize than Slurm's own, 1001."""
 
 
-def write_job_array(
+def write_job_arrays(
     rows: Sequence[Row],
     folder: Path,
     *,
     processes: int = 1,
     cpus_per_run: float | None,
     gpus_per_run: float | None,
-) -> Path:
-    """Write the rows' commands and the script for `sbatch` into the sweep's folder; return it.
+) -> list[Path]:
+    """Write the rows' commands and scripts for `sbatch` into the sweep's folder; return these.
 
-    A row that runs into its time limit, or is preempted, writes a checkpoint and is put back
-    into the queue, where it goes on. The tasks use the pgt-diag of this process, wherever they
-    are submitted from.
+    One script, or several where the rows are more than Slurm takes as one array. A row that runs
+    into its time limit, or is preempted, writes a checkpoint and is put back into the queue, where
+    it goes on. The tasks use the pgt-diag of this process, wherever they are submitted from.
     """
     folder = folder.absolute()
+    parts = [rows[start : start + _MOST_TASKS] for start in range(0, len(rows), _MOST_TASKS)]
+    return [
+        _write_job_array(
+            part,
+            folder / f"sweep{f'-{number}' if number > 1 else ''}.sbatch",
+            processes,
+            cpus_per_run,
+            gpus_per_run,
+        )
+        for number, part in enumerate(parts, 1)
+    ]
+
+
+def _write_job_array(
+    rows: Sequence[Row],
+    path: Path,
+    processes: int,
+    cpus_per_run: float | None,
+    gpus_per_run: float | None,
+) -> Path:
+    folder = path.parent
     storage.make_folder(folder)
     commands = [row.anywhere().command(folder / row.name, processes) for row in rows]
     lines = "".join(f"{shlex.join(command)}\n" for command in commands).encode()
@@ -51,7 +73,6 @@ def write_job_array(
         setup=shlex.quote(str(folder / SETUP_FILE)),
         programs=shlex.quote(str(Path(sys.executable).parent)),
     )
-    path = folder / SCRIPT_FILE
     storage.write(path, script.encode())
     return path
 
