@@ -269,8 +269,13 @@ def train(
     if processes > 1 and not is_launched() and not dry_run:
         from pgt_diag.launcher import launch
 
-        started = launch(processes, lambda again: _worker_arguments(directory, again=again), _tell)
-        raise typer.Exit(started)
+        before = _run_there(directory)
+
+        def arguments(again: bool) -> list[str]:
+            # What was killed before it began its run has left none to go on with.
+            return _worker_arguments(directory, again=again and _run_there(directory) != before)
+
+        raise typer.Exit(launch(processes, arguments, _tell))
     # A job scheduler's signal ends the run as Ctrl-C does: with a checkpoint, and code 130.
     stop = StopRequest()
     # Late, so that a mistyped option is answered before torch is loaded.
@@ -344,6 +349,15 @@ def _worker_arguments(directory: Path, *, again: bool) -> list[str]:
             arguments.append(argument)
     more = ["--resume=auto"] if again else []
     return [*arguments, f"--run-dir={directory}", *more]
+
+
+def _run_there(directory: Path) -> tuple[int, int] | None:
+    """Return what tells a run in a directory from another one there; None where there is none."""
+    try:
+        status = (directory / "run.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _tell(line: str) -> None:

@@ -1,10 +1,11 @@
 """The entry point of `pgt-diag` and of `python -m pgt_diag`."""
 
 import sys
+import traceback
 from pathlib import Path
 
 import pgt_diag
-from pgt_diag.parent import leave
+from pgt_diag.parent import is_launched, leave
 
 
 def main() -> int:
@@ -22,7 +23,14 @@ def main() -> int:
             return 2
     from commands.app import main as run
 
-    return leave(run())
+    try:
+        code = run()
+    except Exception:
+        if not is_launched():
+            raise
+        traceback.print_exc()
+        code = 1
+    return leave(code)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Being one of several processes that somebody has started: how such a one ends."""
 
+import atexit
 import ctypes
 import os
 import signal
 import sys
-from contextlib import suppress
 
 LAUNCHER = "PGT_DIAG_LAUNCHER"
 """Where `sweep` tells `train --nproc`, and that its processes, the number of its own process."""
@@ -23,9 +23,12 @@ def leave(code: int) -> int:
     started it believes that it was killed, and starts it again.
     """
     if is_launched():
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
+        atexit._run_exitfuncs()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
                 stream.flush()
+            except OSError:
+                code = code or 1
         os._exit(code)
     return code
 

@@ -264,19 +264,49 @@ def test_processes_that_start_again_are_told_to_go_on_whatever_was_typed(
     assert main([*arguments, "--dry-run"]) == 0
 
 
-def test_one_of_several_processes_leaves_before_python_ends(tmp_path: Path) -> None:
-    # While Python ends, a thread of gloo's may abort the process.
+def test_what_was_killed_before_its_run_began_starts_as_it_was_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "run" / "run.json"
+    info.parent.mkdir()
+    info.write_text("an earlier run's")
+    told: list[Sequence[str]] = []
+
+    def launch(_: int, arguments: Callable[[bool], Sequence[str]], __: object) -> int:
+        told.append(arguments(True))
+        info.unlink()
+        told.append(arguments(True))
+        return 0
+
+    monkeypatch.setattr("pgt_diag.launcher.launch", launch)
+    words = ["train", *OPTIONS, "--nproc=2", "--force", f"--run-dir={info.parent}"]
+    monkeypatch.setattr(sys, "argv", ["pgt-diag", *words])
+    assert main(words) == 0
+    before, after = map(set, told)
+    assert before == set(words)
+    assert after == {*words, "--resume=auto"} - {"--force"}
+
+
+@pytest.mark.parametrize("fault", ["'--epochs=0'", "None"])
+def test_one_of_several_processes_leaves_before_python_ends(fault: str, tmp_path: Path) -> None:
+    # While Python ends, a thread of gloo's may abort the process. A fault of ours is told as ever.
     code = (
-        "import atexit, sys; from pgt_diag.__main__ import main; "
-        "atexit.register(print, 'Python ends'); sys.exit(main())"
+        "import atexit, os, sys; from pgt_diag.__main__ import main\n"
+        "class Last:\n"
+        "    def __del__(self, write=os.write): write(1, b'Python ends\\n')\n"
+        f"last = Last(); sys.argv = ['pgt-diag', 'train', {fault}]\n"
+        "atexit.register(print, 'in order'); sys.exit(main())"
     )
     rank = {"RANK": "0", "WORLD_SIZE": "1"}
-    for variables, told in ({}, "Python ends\n"), (rank, ""):
+    both = []
+    for variables, told in ({}, "in order\nPython ends\n"), (rank, "in order\n"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-        words = [sys.executable, "-c", code, "train", "--epochs=0"]
+        words = [sys.executable, "-c", code]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert (done.returncode, done.stdout) == (2, told)
-        assert done.stderr.startswith("pgt-diag: error: --epochs is 0")
+        assert done.stdout == told
+        both.append((done.returncode, done.stderr.splitlines()[-1]))
+    assert both[0] == both[1]
+    assert both[0][0] == (1 if fault == "None" else 2)
 
 
 @pytest.mark.parametrize("killed", [(0,), pytest.param((1, 0), marks=pytest.mark.long)])
