@@ -150,7 +150,9 @@ def test_only_what_its_time_limit_stopped_is_queued_again(
 
 def test_more_rows_than_slurm_takes_as_one_array_are_several(tmp_path: Path, capsys: Any) -> None:
     command = ["sweep", "--preset=table2-smoke", "--seeds=102", f"--sweep-dir={tmp_path}"]
+    (tmp_path / "sweep-3.sbatch").write_text("of an earlier, larger sweep")
     assert main([*command, "--engine=slurm"]) == 0
+    assert not (tmp_path / "sweep-3.sbatch").exists()
     told = capsys.readouterr().out
     first, second = (tmp_path / name for name in ("sweep.sbatch", "sweep-2.sbatch"))
     assert f"--time=24:00:00 {first} && sbatch --time=24:00:00 {second}" in told

@@ -28,12 +28,15 @@ def write_job_arrays(
 ) -> list[Path]:
     """Write the rows' commands and scripts for `sbatch` into the sweep's folder; return these.
 
-    One script, or several where the rows are more than Slurm takes as one array. A row that runs
-    into its time limit, or is preempted, writes a checkpoint and is put back into the queue, where
-    it goes on. The tasks use the pgt-diag of this process, wherever they are submitted from.
+    One script, or several where the rows are more than Slurm takes as one array; earlier ones are
+    removed, of which Slurm keeps what was submitted. A row that runs into its time limit, or is
+    preempted, writes a checkpoint and is put back into the queue, where it goes on. The tasks use
+    the pgt-diag of this process, wherever they are submitted from.
     """
     folder = folder.absolute()
     parts = [rows[start : start + _MOST_TASKS] for start in range(0, len(rows), _MOST_TASKS)]
+    for old in folder.glob("sweep*.sbatch"):
+        old.unlink()
     return [
         _write_job_array(
             part,
