@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  pgt-diag sweep --preset table2-smoke         on digits: 45 minutes, 2 cores
+  pgt-diag sweep --preset table2-smoke         on digits: 44 minutes, 2 cores
   pgt-diag sweep --preset table2 --data IMAGENET_DIR --seeds 3 --dry-run
   pgt-diag sweep --preset table1 --data IMAGENET_DIR --sweep-dir sweeps/bn
   pgt-diag sweep --preset table3 --data IMAGENET_DIR --sweep-dir sweeps/bn
@@ -193,13 +193,13 @@ def sweep(
 
     from commands.sweep_console import SweepConsole, print_plan, print_result
 
+    if download:
+        from pgt_diag.sweep.making import fetch_all
+
+        fetch_all(grid.rows)
     if dry_run:
         print_plan(grid, folder, nproc, retry_failed=retry_failed, json_output=json_output)
         return
-    if download:
-        from pgt_diag.sweep.making import fetch_data
-
-        fetch_data(grid.rows)
     if engine is Engine.SLURM:
         _write_job_arrays(
             grid, folder, nproc, cpus_per_run, gpus_per_run,

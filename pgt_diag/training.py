@@ -23,7 +23,7 @@ from pgt_diag.activations import convolutions
 from pgt_diag.allocator import keep_freed_memory
 from pgt_diag.checkpoint import KEPT
 from pgt_diag.config import Amp, CudaGraph, Norm, RunConfig
-from pgt_diag.data import ImageData, load_data
+from pgt_diag.data import ImageData, fetch_data, load_data
 from pgt_diag.data.base import random_number
 from pgt_diag.directory import check_vacant
 from pgt_diag.distributed import World, is_of_a_peer, resolve_device
@@ -228,12 +228,9 @@ class _Session:
 
     def _load_data(self, *, download: bool) -> ImageData:
         if download and self.world.size > 1:
-            self.world.on_each_machine(self._fetch_data)
+            self.world.on_each_machine(lambda: fetch_data(self.config))
             download = False
         return load_data(self.config, device=self.device, download=download, shard=self.world.shard)
-
-    def _fetch_data(self) -> None:
-        load_data(self.config, download=True)
 
     def _build_model(self) -> nn.Module:
         config = self.config

@@ -521,9 +521,10 @@ def test_a_download_goes_to_the_users_cache_and_is_found_there_afterwards(offere
     assert open_set("fashion-mnist").description() == fetched.description()
 
 
-def test_a_sweep_fetches_its_data_before_any_run(offered, tmp_path):
+def test_a_sweep_fetches_its_data(offered, tmp_path):
     grid = tmp_path / "grid.toml"
-    grid.write_text('dataset = "fashion-mnist"\nbatch_size = [8, 16]\n')
+    # A row that cannot be made is told when its turn comes.
+    grid.write_text('dataset = "fashion-mnist"\nbatch_size = [8, 5000]\n')
     command = ["sweep", f"--config={grid}", f"--sweep-dir={tmp_path / 'runs'}", "--engine=slurm"]
     assert main([*command, "--download"]) == 0
     assert open_set("fashion-mnist").train_size == 100

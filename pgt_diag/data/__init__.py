@@ -10,7 +10,9 @@ from pgt_diag.data.sources import read_images
 from pgt_diag.distributed import ALL, Shard
 from pgt_diag.errors import ConfigurationError
 
-__all__ = ["BadImage", "ImageData", "load_data"]
+__all__ = ["BadImage", "ImageData", "fetch_data", "load_data"]
+
+_NOT_OFFERED = "imagefolder cannot be downloaded; drop --download"
 
 
 def load_data(
@@ -35,9 +37,19 @@ def load_data(
     if config.dataset is not DatasetName.IMAGEFOLDER:
         return InMemoryData(config, device, read_images(config, download=download), shard)
     if download:
-        raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
+        raise ConfigurationError(_NOT_OFFERED)
     if config.decode is Decode.GPU and device.type != "cuda":
         raise ConfigurationError(
             f"decode is gpu, and training is on {device}: it needs a CUDA GPU; use cpu"
         )
     return FolderData(config, device, shard)
+
+
+def fetch_data(config: RunConfig) -> None:
+    """Fetch the data set that a configuration names to this machine, if it is not there yet.
+
+    Raises DataError when that fails, and ConfigurationError for a folder, which nobody offers.
+    """
+    if config.dataset is DatasetName.IMAGEFOLDER:
+        raise ConfigurationError(_NOT_OFFERED)
+    read_images(config, download=True)

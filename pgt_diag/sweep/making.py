@@ -14,7 +14,7 @@ import torch
 
 from pgt_diag import checkpoint, storage, training
 from pgt_diag.config import RESUMABLE_WITH, RunConfig
-from pgt_diag.data import load_data
+from pgt_diag.data import fetch_data
 from pgt_diag.directory import RUN_FILE
 from pgt_diag.errors import DataError, NoSpaceError, RunDirectoryError, storage_error
 from pgt_diag.progress import Listener
@@ -135,13 +135,10 @@ def make_rows(
     return [results[row] for row in rows]
 
 
-def fetch_data(rows: Sequence[Row]) -> None:
-    """Fetch the rows' data sets to this machine, where they are missing.
-
-    Raises ConfigurationError for an image folder, which nobody offers, and DataError.
-    """
+def fetch_all(rows: Sequence[Row]) -> None:
+    """Fetch each of the rows' data sets once; see `data.fetch_data`."""
     for config in {(r.config.dataset, r.config.data): r.config for r in rows}.values():
-        load_data(config, download=True)
+        fetch_data(config)
 
 
 def _tell(row: Row, folder: Path, listener: SweepListener) -> None:

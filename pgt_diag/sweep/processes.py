@@ -1,16 +1,17 @@
 """A row's run made by several processes that share every batch: `pgt-diag train --nproc`."""
 
-import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from pgt_diag.config import Decode
 from pgt_diag.data import load_data
-from pgt_diag.errors import ConfigurationError, DataError, NoSpaceError, PgtDiagError
+from pgt_diag.errors import DataError, NoSpaceError, PgtDiagError
 from pgt_diag.parent import LAUNCHER
 from pgt_diag.sweep.grid import Row
 
@@ -24,7 +25,7 @@ def train_in_processes(
 ) -> None:
     """Make a row's run, or go on with it; `look` is called now and then meanwhile.
 
-    When this process is killed, so are those. Raises DataError for data that cannot be loaded,
+    When this process is killed, so are those. Raises DataError for data that cannot be opened,
     NoSpaceError for a full disk, KeyboardInterrupt when `stop` said so and it has stopped with a
     checkpoint, and PgtDiagError, with the last line that was told, for anything else.
     """
@@ -54,9 +55,8 @@ def train_in_processes(
     if code == _INTERRUPTED:
         raise KeyboardInterrupt
     if code == DataError.exit_code:
-        # The same code says that the run's directory cannot be used.
-        with contextlib.suppress(ConfigurationError):
-            load_data(row.config)
+        # The same code tells of an image that cannot be read, and of the run's directory.
+        load_data(replace(row.config, decode=Decode.CPU))
     if code:
         errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
         kind = NoSpaceError if code == NoSpaceError.exit_code else PgtDiagError
