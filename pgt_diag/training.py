@@ -227,10 +227,9 @@ class _Session:
             )
 
     def _load_data(self, *, download: bool) -> ImageData:
-        if download and self.world.size > 1:
+        if download:
             self.world.on_each_machine(lambda: fetch_data(self.config))
-            download = False
-        return load_data(self.config, device=self.device, download=download, shard=self.world.shard)
+        return load_data(self.config, device=self.device, shard=self.world.shard)
 
     def _build_model(self) -> nn.Module:
         config = self.config

@@ -43,6 +43,16 @@ def pgt(*arguments: str | Path, cwd: Path, **options: object) -> subprocess.Comp
     )
 
 
+def test_garbage_is_collected_again_once_torch_is_loaded(tmp_path: Path) -> None:
+    code = (
+        "import gc, sys; from commands.app import main; main(sys.argv[1:])\n"
+        "assert 'torch' in sys.modules and gc.isenabled() and gc.get_freeze_count()"
+    )
+    words = [sys.executable, "-c", code, "train", *TINY, "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(words, cwd=tmp_path, env=environment, check=True)
+
+
 def test_train_twice_then_report_from_the_shell(tmp_path: Path) -> None:
     for method in ("baseline", "pgt"):
         result = pgt(

@@ -14,13 +14,16 @@ from torch.nn import functional as F
 
 from commands.app import main
 from pgt_diag.config import Augment, DatasetName, RunConfig
-from pgt_diag.data import load_data, sources
+from pgt_diag.data import fetch_data, load_data, sources
 from pgt_diag.errors import ConfigurationError, DataError
 
 
 def open_set(dataset, *, download=False, **options):
     options = {"batch_size": 64, **options}
-    return load_data(RunConfig(dataset=DatasetName(dataset), **options), download=download)
+    config = RunConfig(dataset=DatasetName(dataset), **options)
+    if download:
+        fetch_data(config)
+    return load_data(config)
 
 
 def write_idx(path, array):

@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
 from pgt_diag.config import Augment, DatasetName, RunConfig
+from pgt_diag.data import fetch_data, load_data
 from pgt_diag.data import images as images_module
-from pgt_diag.data import load_data
 from pgt_diag.data.images import decode
 from pgt_diag.errors import ConfigurationError, DataError
 
@@ -231,7 +231,7 @@ def test_no_folder_given_is_a_configuration_error():
 def test_a_folder_cannot_be_downloaded(root):
     config = RunConfig(dataset=DatasetName.IMAGEFOLDER, data=str(root))
     with pytest.raises(ConfigurationError, match="cannot be downloaded"):
-        load_data(config, download=True)
+        fetch_data(config)
 
 
 def test_a_batch_larger_than_the_training_set_is_a_configuration_error(root):

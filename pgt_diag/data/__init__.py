@@ -12,22 +12,18 @@ from pgt_diag.errors import ConfigurationError
 
 __all__ = ["BadImage", "ImageData", "fetch_data", "load_data"]
 
-_NOT_OFFERED = "imagefolder cannot be downloaded; drop --download"
-
 
 def load_data(
     config: RunConfig,
     *,
     device: torch.device | str = "cpu",
-    download: bool = False,
     shard: Shard = ALL,
 ) -> ImageData:
     """Open the data set that a configuration names.
 
     Small data sets are read whole and kept on `device` as uint8; `imagefolder` only lists its
-    files, so a damaged image is found when its batch is read. `download` fetches fashion-mnist
-    and the CIFARs if they are not there yet. `shard` is this process's share where several train
-    together.
+    files, so a damaged image is found when its batch is read. `shard` is this process's share
+    where several train together.
 
     Raises DataError when the data is missing, incomplete or damaged, and ConfigurationError when
     the configuration does not fit it (a batch larger than the training set, a folder given to a
@@ -35,9 +31,7 @@ def load_data(
     """
     device = torch.device(device)
     if config.dataset is not DatasetName.IMAGEFOLDER:
-        return InMemoryData(config, device, read_images(config, download=download), shard)
-    if download:
-        raise ConfigurationError(_NOT_OFFERED)
+        return InMemoryData(config, device, read_images(config), shard)
     if config.decode is Decode.GPU and device.type != "cuda":
         raise ConfigurationError(
             f"decode is gpu, and training is on {device}: it needs a CUDA GPU; use cpu"
@@ -48,8 +42,10 @@ def load_data(
 def fetch_data(config: RunConfig) -> None:
     """Fetch the data set that a configuration names to this machine, if it is not there yet.
 
+    Fashion-MNIST and the CIFARs are fetched; what is embedded or made up is always there.
+
     Raises DataError when that fails, and ConfigurationError for a folder, which nobody offers.
     """
     if config.dataset is DatasetName.IMAGEFOLDER:
-        raise ConfigurationError(_NOT_OFFERED)
+        raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
     read_images(config, download=True)

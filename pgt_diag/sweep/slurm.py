@@ -35,7 +35,7 @@ def write_job_arrays(
     """
     folder = folder.absolute()
     parts = [rows[start : start + _MOST_TASKS] for start in range(0, len(rows), _MOST_TASKS)]
-    for old in folder.glob("sweep*.sbatch"):
+    for old in folder.glob("sweep-[0-9]*.sbatch"):
         old.unlink()
     return [
         _write_job_array(
