@@ -57,7 +57,7 @@ class Listener:
         """Before the first iteration."""
 
     def noted(self, message: str) -> None:
-        """When something is other than asked for, and training goes on."""
+        """When a person should know something, and training goes on; maybe from another thread."""
 
     def iterated(self, progress: Progress) -> None:
         """After every iteration."""

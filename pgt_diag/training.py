@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from pgt_diag.errors import (
 )
 from pgt_diag.graph import CudaCapture
 from pgt_diag.models import build_model
+from pgt_diag.openmp import sharing_cpus
 from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.reading import Ending
 from pgt_diag.recorder import FilterRecorder
@@ -81,7 +83,10 @@ def train(
             session.check_space(new=state is None)
     with world.together():
         session.record(force=force, command=command, resume=resume)
-    return session.run(listener or Listener(), stop, resume)
+    listener = listener or Listener()
+    waits = world.device.type == "cpu"
+    with sharing_cpus(lambda: listener.noted(_BUSY)) if waits else nullcontext():
+        return session.run(listener, stop, resume)
 
 
 def plan(
@@ -142,6 +147,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+_BUSY = "other processes need the CPUs: training is slower than on an idle machine"
 _CHECKPOINT_SECONDS = 300.0
 _MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 """What loading a checkpoint of another run raises."""

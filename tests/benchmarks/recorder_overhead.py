@@ -1,6 +1,7 @@
 """What recording costs: the same training step with and without a recorder, in turn.
 
     python tests/benchmarks/recorder_overhead.py [--device cuda] [--size 224 --batch 256]
+    python tests/benchmarks/recorder_overhead.py --size 8 --stem small --batch 64    # preset smoke
 
 Prints one JSON object. A pair is a block of steps of each of two identical networks, in alternating
 order; the overhead is the median over pairs of (recorded / plain − 1). A block is long enough for
@@ -23,19 +24,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import pgt_diag
 from pgt_diag.activations import Call, Tap
+from pgt_diag.config import Stem
+from pgt_diag.models import build_model
 
 LEFT_OUT = ["norms of the filters' gradients", "GAP features"]
 
 
-def build(device: torch.device) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def build(device: torch.device, stem: Stem) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = torchvision.models.resnet18(norm_layer=torch.nn.Identity, num_classes=10).to(device)
+    model = build_model("resnet18", num_classes=10, stem=stem).to(device)
     settings = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "fused": True}
     return model, torch.optim.SGD(model.parameters(), **settings)
 
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--size", type=int, default=32, help="image size, pixels")
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--stem", type=Stem, choices=list(Stem), default=Stem.IMAGENET)
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--steps", type=int, default=5, help="steps in a block")
     parser.add_argument("--only", choices=("weights-and-silence",))
@@ -107,8 +110,8 @@ def main() -> None:
     images = torch.randn(options.batch, 3, options.size, options.size, device=device)
     target = torch.randint(10, (options.batch,), device=device)
 
-    plain = stepper(*build(device), images, target, options.steps)
-    model, optimizer = build(device)
+    plain = stepper(*build(device, options.stem), images, target, options.steps)
+    model, optimizer = build(device, options.stem)
     with tempfile.TemporaryDirectory() as folder:
         path, told = Path(folder) / "run", []
         if options.only:
@@ -136,6 +139,7 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "size": options.size,
+        "stem": options.stem,
         "batch": options.batch,
         "pairs": options.pairs,
         "left_out": LEFT_OUT if options.only else [],
