@@ -36,6 +36,7 @@ from pgt_diag.errors import (
     RunDirectoryError,
 )
 from pgt_diag.graph import CudaCapture
+from pgt_diag.machine import usable_cpus, usable_threads
 from pgt_diag.models import build_model
 from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.reading import Ending
@@ -137,9 +138,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu_count": os.cpu_count(),
+        "cpu_count": usable_cpus(),
         "threads": torch.get_num_threads(),
     }
+
+
+def set_threads(count: int | None) -> None:
+    """Use so many CPU threads; None: as many as torch chose, but no more than there are CPUs."""
+    chosen = torch.get_num_threads()
+    wanted = usable_threads(chosen) if count is None else count
+    if count is not None or wanted != chosen:
+        torch.set_num_threads(wanted)
 
 
 _CHECKPOINT_SECONDS = 300.0
@@ -198,8 +207,7 @@ class _Session:
         self.amp = resolve_amp(config.amp, self.device)
         self.captured = resolve_graph(config.cuda_graph, world)
         self._check_shares()
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
         if config.deterministic:
