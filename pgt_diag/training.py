@@ -575,6 +575,7 @@ class _Session:
             row = dict(zip(EPOCH_COLUMNS, values, strict=True))
             self.recorder.log_epoch(row)
             position.next_epoch()
+            meter.next_epoch()
             listener.finished_epoch(row)
             self._record_bad_images(listener)
         if self.recorder.steps in snapshots:
