@@ -32,10 +32,10 @@ class FolderData(ImageData):
 
     Classes and files are those of torchvision's `ImageFolder`, in its order. The test images come
     from `val`, or from `test` where there is no `val`. Images become RGB as Pillow converts them
-    (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. They are resized as
-    uint8 tensors by torchvision's v2 transforms, antialiased. Augmentation small crops and flips as
-    for the in-memory data sets, after the resize and centre crop that test images get. Normalised
-    by ImageNet's constants.
+    (alpha is dropped), but gray of 16 bits is scaled to 8, and as in `ImageFolder`, EXIF
+    orientation is ignored. They are resized as uint8 tensors by torchvision's v2 transforms,
+    antialiased. Augmentation small crops and flips as for the in-memory data sets, after the resize
+    and centre crop that test images get. Normalised by ImageNet's constants.
 
     With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
     its class and split, cropped and flipped as the image it replaces would have been: where both
