@@ -490,9 +490,9 @@ class _Session:
 
     def plan(self, resume: ResumePoint | None) -> Plan:
         done = 0
-        notes: tuple[str, ...] = ()
+        notes = self.data.notes
         if self.world.size > 1 and self.config.norm is Norm.BATCH:
-            notes = ("batch norm takes its statistics from each process's share of a batch",)
+            notes += ("batch norm takes its statistics from each process's share of a batch",)
         if resume is not None:
             notes += tuple(f"not used: {problem}" for problem in resume.damaged)
             if resume.state is not None:
