@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _NARROWEST = 100
 _END_OF_IMAGE = b"\xff\xd9"
 _RGB_COMPONENTS = [ord(letter) for letter in "RGB"]
+_EXIF = re.compile(rb"\xff\xe1(?=..Exif\0\0)", re.DOTALL)
+_UNUSED_SEGMENT = 0xEF
 _BITS_PER_SAMPLE = 258
 """The tag of a TIFF image that tells how many of 16 bits are used."""
 _RANGELESS = {"I": "32-bit or signed integers", "F": "floating-point numbers"}
@@ -45,7 +48,10 @@ class UnreadableImageError(DataError):
 
 @dataclass(frozen=True)
 class Jpeg:
-    """An image still to be decoded: its file's bytes (N,) uint8, and (width, height) in pixels."""
+    """An image still to be decoded: its file's bytes (N,) uint8, and (width, height) in pixels.
+
+    They say nothing of a camera's orientation.
+    """
 
     content: Tensor
     size: tuple[int, int]
@@ -157,6 +163,8 @@ def read_jpeg(path: str) -> Jpeg | None:
         return None
     if not content.rstrip(b"\0").endswith(_END_OF_IMAGE):
         return None
+    for match in _EXIF.finditer(content):
+        content[match.start() + 1] = _UNUSED_SEGMENT  # some decoders would turn the image
     return Jpeg(torch.frombuffer(content, dtype=torch.uint8), size)
 
 
