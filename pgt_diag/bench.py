@@ -41,7 +41,7 @@ from pgt_diag.models import build_model
 from pgt_diag.powergrad import power_grad_cross_entropy
 from pgt_diag.recorder import FilterRecorder
 from pgt_diag.step import build_optimizer
-from pgt_diag.training import environment
+from pgt_diag.training import environment, set_threads
 
 LOSS_SHAPE = (1024, 1000)
 """Examples and classes at which the losses are compared: ImageNet's, at the paper's batch."""
@@ -253,6 +253,7 @@ def bench(
 
     Raises ConfigurationError for a model that is unknown or takes no such images.
     """
+    set_threads(None)
     if device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)

@@ -7,7 +7,6 @@ the checks that use them, so that this module also works where they are missing 
 import errno
 import fcntl
 import importlib
-import math
 import os
 import platform
 import re
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING
 import pgt_diag
 from pgt_diag.config import DatasetName, RunConfig
 from pgt_diag.errors import DataError, PgtDiagError
+from pgt_diag.machine import usable_cpus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,53 +224,15 @@ def check_threads() -> Finding:
     threads, cpus = torch.get_num_threads(), usable_cpus()
     found = f"torch uses {_plural(threads, 'thread')} on {_plural(cpus, 'CPU')}"
     remedy = f"set OMP_NUM_THREADS={cpus}, or train --threads {cpus}"
-    if threads > cpus:
-        return warning(f"{found}: they wait for each other", remedy)
     limits = [name for name in _SHOWN_VARIABLES[:2] if name in os.environ]
+    if threads > cpus:
+        if not limits:
+            remedy = f"set OMP_NUM_THREADS={cpus} for loops of your own; train uses {cpus} as it is"
+        return warning(f"{found}: they wait for each other", remedy)
     if limits and threads < cpus:
         # Without these variables, torch leaves out hyper-threads, which is right.
         return warning(f"{found}, because {' and '.join(limits)} says so", remedy)
     return ok(found)
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may use: its affinity, within its container's quota."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
-    quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return max(1, min(count, math.ceil(quota)) if quota else count)
-
-
-def cpu_quota(groups: Path, root: Path) -> float | None:
-    """Return the CPUs that the control groups (version 1 or 2) allow, or None for all."""
-    try:
-        lines = groups.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / controllers
-        group = top / path.lstrip("/")
-        quotas += [
-            _quota(place) for place in (group, *group.parents) if top in (place, *place.parents)
-        ]
-    return min((quota for quota in quotas if quota), default=None)
-
-
-def _quota(group: Path) -> float | None:
-    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-        try:
-            allowed, period = " ".join((group / name).read_text() for name in files).split()
-            if allowed not in ("max", "-1"):
-                return int(allowed) / int(period)
-        except (OSError, ValueError, ZeroDivisionError):
-            continue
-    return None
 
 
 def check_gradients() -> Finding:

@@ -11,6 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pgt_diag.machine import usable_cpus
 from pgt_diag.parent import LAUNCHER, end_with_parent
 
 RESTARTS = 3
@@ -34,9 +35,7 @@ def launch(
     logging.disable(logging.CRITICAL)
     # With the store shared, a killed process hung or aborted every third restart.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # Only Linux tells what of the machine is ours.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
     os.environ[LAUNCHER] = str(os.getpid())
     name = ""
     for attempt in range(RESTARTS + 1):

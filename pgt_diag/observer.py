@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgt_diag.activations import ActivationFinder, Call, Hook, Tap, convolutions
-from pgt_diag.errors import ConfigurationError
+from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.reductions import (
     Reading,
     add_activity,
@@ -297,6 +297,7 @@ class MapObserver:
             captured.append(shown.detach().clone())
         if not self._training_pass:
             return
+        _check_batch(call, values)
         began = time.perf_counter()
         gap_reading = self._gap_tap.reading if call == self._gap_tap.where else None
         places = dict(self._places(call))
@@ -314,6 +315,15 @@ class MapObserver:
             yield reading, [self._sink.activity(layer) for layer in layers]
 
 
+def _check_batch(call: Call, values: Tensor) -> None:
+    """Raise RecorderError for a map of no images: in it every filter would look dead."""
+    if not len(values):
+        raise RecorderError(
+            f"the batch is empty: 0 images reached module '{call.module}'; leave such batches out, "
+            "with drop_last=True for example"
+        )
+
+
 class _FirstMaps:
     """What the first forward pass showed, at every call: the taps are known only after it."""
 
@@ -323,6 +333,7 @@ class _FirstMaps:
 
     @torch.no_grad()
     def see(self, call: Call, values: Tensor) -> None:
+        _check_batch(call, values)
         readings: tuple[Reading, ...] = ("sum", "peak", "positive")
         channels = values.shape[1]
         self.maps[call] = {}

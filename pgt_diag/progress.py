@@ -95,11 +95,16 @@ class Meter:
         self._first = step
         self._started = self._epoch_started = time.perf_counter()
         self._recorder_started = 0.0
+        self._running = False
 
     def start_epoch(self, recorder_seconds: float) -> None:
-        """Start the epoch's clock; `recorder_seconds` is what the recorder has taken so far."""
+        """Start the epoch's clock, or go on with it after `load_state_dict`.
+
+        `recorder_seconds` is what the recorder has taken so far.
+        """
         self._epoch_started = time.perf_counter()
         self._recorder_started = recorder_seconds
+        self._running = True
 
     def state_dict(self, recorder_seconds: float) -> dict[str, float]:
         """Return what the epoch has taken so far, to go on from in another process."""
@@ -129,21 +134,30 @@ class Meter:
         )
 
     def finish_epoch(self, sums: Tensor, recorder: FilterRecorder) -> EpochMetrics:
-        """Return the epoch's metrics; sums: (2,) Σ loss and correct predictions."""
+        """Stop the epoch's clock; return its metrics.
+
+        sums: (2,) Σ loss and correct predictions. A state that is saved from here to `next_epoch`
+        has the time of the epoch's training, and of nothing else.
+        """
         loss, correct = (sums / self._images).tolist()
-        seconds = self._epoch_seconds()
-        recorder_seconds = self._recorder_seconds(recorder.seconds)
-        self._earlier = self._recorder_earlier = 0.0
+        self._earlier = self._epoch_seconds()
+        self._recorder_earlier = self._recorder_seconds(recorder.seconds)
+        self._running = False
         return EpochMetrics(
             loss=loss,
             accuracy=100 * correct,
-            seconds=seconds,
-            images_per_second=self._images / seconds,
-            recorder_seconds=recorder_seconds,
+            seconds=self._earlier,
+            images_per_second=self._images / self._earlier,
+            recorder_seconds=self._recorder_earlier,
         )
 
+    def next_epoch(self) -> None:
+        """Forget the time of the epoch that is over."""
+        self._earlier = self._recorder_earlier = 0.0
+
     def _epoch_seconds(self) -> float:
-        return self._earlier + time.perf_counter() - self._epoch_started
+        since = time.perf_counter() - self._epoch_started if self._running else 0.0
+        return self._earlier + since
 
     def _recorder_seconds(self, now: float) -> float:
-        return self._recorder_earlier + now - self._recorder_started
+        return self._recorder_earlier + (now - self._recorder_started if self._running else 0.0)

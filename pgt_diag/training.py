@@ -37,6 +37,7 @@ from pgt_diag.errors import (
     RunDirectoryError,
 )
 from pgt_diag.graph import CudaCapture
+from pgt_diag.machine import usable_cpus, usable_threads
 from pgt_diag.models import build_model
 from pgt_diag.openmp import sharing_cpus
 from pgt_diag.progress import Listener, Meter, Plan
@@ -142,9 +143,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu_count": os.cpu_count(),
+        "cpu_count": usable_cpus(),
         "threads": torch.get_num_threads(),
     }
+
+
+def set_threads(count: int | None) -> None:
+    """Use so many CPU threads; None: as many as torch chose, but no more than there are CPUs."""
+    chosen = torch.get_num_threads()
+    wanted = usable_threads(chosen) if count is None else count
+    if count is not None or wanted != chosen:
+        torch.set_num_threads(wanted)
 
 
 _BUSY = "other processes need the CPUs: training is slower than on an idle machine"
@@ -204,8 +213,7 @@ class _Session:
         self.amp = resolve_amp(config.amp, self.device)
         self.captured = resolve_graph(config.cuda_graph, world)
         self._check_shares()
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        set_threads(config.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
         if config.deterministic:
@@ -488,9 +496,9 @@ class _Session:
 
     def plan(self, resume: ResumePoint | None) -> Plan:
         done = 0
-        notes: tuple[str, ...] = ()
+        notes = self.data.notes
         if self.world.size > 1 and self.config.norm is Norm.BATCH:
-            notes = ("batch norm takes its statistics from each process's share of a batch",)
+            notes += ("batch norm takes its statistics from each process's share of a batch",)
         if resume is not None:
             notes += tuple(f"not used: {problem}" for problem in resume.damaged)
             if resume.state is not None:
@@ -573,6 +581,7 @@ class _Session:
             row = dict(zip(EPOCH_COLUMNS, values, strict=True))
             self.recorder.log_epoch(row)
             position.next_epoch()
+            meter.next_epoch()
             listener.finished_epoch(row)
             self._record_bad_images(listener)
         if self.recorder.steps in snapshots:

@@ -405,6 +405,16 @@ DAMAGE = {
 }
 
 
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("left", [0, 3, 15, 16, -1])
+def test_a_cut_idx_file_is_one_line_that_names_it(tmp_path, suffix, left):
+    write_fashion(tmp_path, suffix=suffix)
+    path = tmp_path / f"t10k-images-idx3-ubyte{suffix}"
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(DataError, match=rf"^.*{path.name}: .*$"):
+        open_set("fashion-mnist", data=str(tmp_path))
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_idx_file_is_one_line_that_names_a_file(fashion, damage):
     DAMAGE[damage](fashion / "train-images-idx3-ubyte.gz")
@@ -461,6 +471,15 @@ def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, hundred):
     assert target.tolist() == reference.targets
     assert data.train_size == (20 if hundred else 100)
     assert len(data.classes) == (100 if hundred else 10)
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_a_cut_cifar_file_is_told_in_one_line(tmp_path, monkeypatch, name, left):
+    _, place = write_cifar(tmp_path, monkeypatch)
+    (place / name).write_bytes((place / name).read_bytes()[:left])
+    with pytest.raises(DataError, match=r"^CIFAR10: no intact copy in .*--download.*$"):
+        open_set("cifar10", data=str(tmp_path), batch_size=10)
 
 
 class Hostile:

@@ -4,15 +4,21 @@ torchvision decodes lists of JPEGs on a CPU as well, so that all but its CUDA de
 """
 
 import dataclasses
+import importlib.util
+import io
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 import threading
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
 from commands.train import _agreed
@@ -25,8 +31,9 @@ from pgt_diag.data.streams import ahead
 from pgt_diag.distributed import ALL, Shard
 from pgt_diag.errors import ConfigurationError, DataError
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*TorchCodec:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning")
 
+ROOT = Path(__file__).parent.parent
 CLASSES = ("cat", "dog")
 PER_CLASS = {"train": 9, "val": 5}
 CPU = torch.device("cpu")
@@ -306,13 +313,88 @@ def test_without_a_gpu_it_is_one_line(root):
         load_data(config)
 
 
-def test_a_torchvision_that_decodes_nothing_there_is_one_line(monkeypatch):
+def test_without_any_decoder_it_is_one_line(monkeypatch):
     def fail(*_):
         raise RuntimeError("not compiled with nvJPEG support\nmore")
 
     monkeypatch.setattr("torchvision.io.decode_jpeg", fail)
-    with pytest.raises(ConfigurationError, match=r"no JPEG there: not compiled .*; use decode"):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    with pytest.raises(
+        ConfigurationError,
+        match=r"(torchvision: not compiled .* support; torchcodec: .*); install .* cpu$",
+    ):
         decoding.BatchDecoder(CPU, 8, lambda *_: None)
+
+
+# Which decoder
+
+
+def decode_as_torchcodec(source, *, mode, device):
+    """Decode JPEGs as torchcodec 0.16 to 0.17 does on a CPU: turned as EXIF says."""
+    assert (mode, str(device)) == ("RGB", "cpu")
+    images = []
+    for content in source:
+        assert content.dtype == torch.uint8
+        try:
+            with Image.open(io.BytesIO(content.numpy().tobytes())) as stored:
+                image = ImageOps.exif_transpose(stored).convert("RGB")
+        except OSError as error:
+            raise RuntimeError(f"DecodeJpeg.cpp:208, {error}") from None
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return images
+
+
+@pytest.fixture
+def torchcodec(monkeypatch):
+    """A torchvision that decodes nothing any more, and a torchcodec, if it is not there."""
+    for name in ("decode_jpeg", "ImageReadMode"):
+        monkeypatch.delattr(f"torchvision.io.{name}")
+    if importlib.util.find_spec("torchcodec") is None:
+        package, module = ModuleType("torchcodec"), ModuleType("torchcodec.decoders")
+        module.decode_jpeg = decode_as_torchcodec
+        monkeypatch.setitem(sys.modules, "torchcodec", package)
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+
+
+def test_torchcodec_takes_over_from_torchvision(torchcodec, root):
+    data, usual = open_folder(root), open_folder(root, Decode.CPU)
+    assert_close(data.train_batches(0), usual.train_batches(0), most=2.01, mean=0.1)
+    assert_close(data.test_batches(), usual.test_batches(), most=2.01, mean=0.1)
+
+
+def test_torchcodec_leaves_bad_images_to_the_usual_way(torchcodec, spoilt):
+    options = {"bad_images": BadImages.SKIP, "batch_size": 18}
+    data, usual = open_folder(spoilt, **options), open_folder(spoilt, Decode.CPU, **options)
+    assert_close(data.train_batches(0), usual.train_batches(0), most=2.01, mean=0.1)
+    assert_close(data.test_batches(), usual.test_batches(), most=2.01, mean=0.1)
+    assert data.bad_images == usual.bad_images
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_no_decoder_turns_an_image(torchcodec, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph(3, (64, 64)).save(tmp_path / "a.jpg", exif=exif)
+    content = read_jpeg(str(tmp_path / "a.jpg")).content
+    [image] = decoding._decoder(CPU)([content])
+    with Image.open(tmp_path / "a.jpg") as stored:
+        expected = torch.from_numpy(np.array(stored)).permute(2, 0, 1)
+    assert (image.int() - expected.int()).abs().max() <= 2
+
+
+DECODED = """
+import sys
+from tests.test_data_decoding import open_folder
+list(open_folder(sys.argv[1], workers=2).train_batches(0))
+"""
+
+
+def test_no_deprecation_is_told_to_a_user(root):
+    result = subprocess.run(
+        [sys.executable, "-W", "always", "-c", DECODED, str(root)],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    )  # fmt: skip
+    assert "TorchCodec" not in result.stderr
 
 
 def test_a_run_goes_on_only_the_way_it_began():

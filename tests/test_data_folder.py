@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
+from commands.app import main
 from pgt_diag.config import Augment, DatasetName, RunConfig
 from pgt_diag.data import fetch_data, load_data
 from pgt_diag.data import images as images_module
@@ -163,6 +164,71 @@ def test_description_is_plain_json(root):
     assert json.loads(json.dumps(description)) == description
     assert description["source"] == str(root)
     assert description["augment"] == "imagenet"
+
+
+# What is left out, and how many are left
+
+
+def test_hidden_folders_and_files_are_skipped_and_named(root):
+    expected = list(open_folder(root).train_batches(0))
+    for place in ("train/.ipynb_checkpoints", "train/one/.thumbnails", "val/.git"):
+        (root / place).mkdir()
+        digit_image(1, 9).save(root / place / "0-checkpoint.jpg")
+    digit_image(1, 9).save(root / "train" / "two" / ".thumb.jpg")
+    (root / "val" / "two" / "._0.jpg").write_bytes(b"\0\5\x16\7 as macOS adds to archives")
+    (root / "val" / "two" / "Thumbs.db").write_bytes(b"as Windows leaves behind")
+    data = open_folder(root)
+    assert data.classes == CLASSES
+    assert (data.train_size, data.test_size) == (18, 9)
+    assert_same_batches(data.train_batches(0), expected)
+    assert len(list(data.test_batches())) == 2
+    assert data.notes[1] == (
+        "skipped, because hidden: train/.ipynb_checkpoints, train/one/.thumbnails, "
+        "train/two/.thumb.jpg and 2 more"
+    )
+
+
+def test_classes_and_their_images_are_counted(root):
+    (root / "val" / "two" / "0.jpg").unlink()
+    [note] = open_folder(root).notes
+    assert note == "3 classes, training + test images: one 6 + 3, seven 6 + 3, two 6 + 2"
+    for split in ("train", "val"):
+        for number in range(8):
+            shutil.copytree(root / split / "two", root / split / f"two-{number}")
+    (root / "train" / "one" / "0.jpg").unlink()
+    [note] = open_folder(root).notes
+    assert note == "11 classes of 5 to 6 training and 2 to 3 test images each"
+
+
+def test_training_says_how_many_there_are_and_what_it_skips(root, tmp_path, capsys):
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "one" / "extra.gif").write_bytes(b"GIF89a")
+    options = [f"--data={root}", "--dataset=imagefolder", "--batch-size=6", "--workers=0"]
+    small = ["--image-size=32", "--epochs=1", "--warmup-epochs=0", "--device=cpu", "--dry-run"]
+    assert main(["train", *options, *small, f"--run-dir={tmp_path / 'run'}"]) == 0
+    out = capsys.readouterr().out
+    assert "note: 3 classes, training + test images: one 6 + 3, seven 6 + 3, two 6 + 3\n" in out
+    assert "note: skipped, because hidden: train/.ipynb_checkpoints\n" in out
+    assert "note: 1 file in train is not read, being .gif\n" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["a.gif", "b.GIF", "notes.txt"], r"it has 2 files ending in '.gif', and only \.jpg, .* "
+         r"are read; convert or rename them$"),
+        (["a"], "it has 1 file without an ending, and only"),
+        ([".a.jpg"], "all that is in it is hidden$"),
+        ([], "it is empty$"),
+    ],
+)  # fmt: skip
+def test_a_class_without_images_says_what_it_holds_instead(root, names, reason):
+    shutil.rmtree(root / "train" / "one")
+    (root / "train" / "one").mkdir()
+    for name in names:
+        (root / "train" / "one" / name).write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=f"no image in class folder '.*train/one': {reason}"):
+        open_folder(root)
 
 
 # Repeatability

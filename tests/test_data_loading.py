@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pgt_diag import machine
 from pgt_diag.config import DatasetName, RunConfig
 from pgt_diag.data import images as images_module
 from pgt_diag.data import load_data
@@ -94,6 +95,7 @@ def test_by_default_there_is_a_process_for_each_cpu_of_this_one(
     root, monkeypatch, cpus, beside, expected
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setattr(machine, "cpu_quota", lambda *_: None)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(beside))
     assert open_folder(root, workers=None)._loader.workers == expected
     assert open_folder(root, workers=0)._loader.workers == 0

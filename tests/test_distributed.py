@@ -28,6 +28,7 @@ from pgt_diag.errors import ConfigurationError
 from pgt_diag.rendezvous import unused_part
 from pgt_diag.run import load_run
 from tests import ranks
+from tests.ranks import VALUES
 from tests.runs import contents, difference
 from tests.sweeps import ROOT, TINY
 
@@ -38,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gc+pgt": {"values": {"method": "gc+pgt", "clip_norm": 0.5}},
     "agc+pgt": {"values": {"method": "agc+pgt", "batch_size": 25, "accumulate": 3}},
 }
+THREE = (Shard(), *(Shard(rank, 3) for rank in range(3)))
 PARTIAL: dict[str, Any] = {"method": "agc", "checkpoint_every": 40}
 FOLDER: dict[str, Any] = {
     "dataset": "imagefolder",
@@ -232,13 +234,51 @@ def test_a_resumed_run_names_every_number_of_processes(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 7, 24])
-@pytest.mark.parametrize("world", [1, 2, 5])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_every_image_is_in_one_share(size: int, world: int) -> None:
     batch = torch.randperm(size)
     shares = [Shard(rank, world).of(batch) for rank in range(world)]
     assert torch.cat(shares).tolist() == batch.tolist()
     sizes = {len(share) for share in shares}
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("augment", ["none", "small"])
+def test_three_processes_see_what_one_sees_of_batches_they_cannot_share_evenly(
+    images: Path, augment: str
+) -> None:
+    folder = {**FOLDER, "data": str(images), "batch_size": 7}
+    for values in (folder, {"batch_size": 100, "augment": augment}):
+        config = RunConfig.from_mapping({**VALUES, **values})
+        whole, *shares = (load_data(config, shard=each) for each in THREE)
+        for train in (True, False):
+            batches = [
+                list(data.train_batches(1) if train else data.test_batches())
+                for data in (whole, *shares)
+            ]
+            assert len({len(each) for each in batches[1:]}) == 1
+            assert all(len(target) for each in batches for _, target in each)
+            if train:
+                parts = zip(*batches[1:], strict=True)
+                joined = [tuple(map(torch.cat, zip(*part, strict=True))) for part in parts]
+            else:
+                joined = [batch for each in batches[1:] for batch in each]
+            for place in (0, 1):
+                ours = torch.cat([batch[place] for batch in joined])
+                assert torch.equal(ours, torch.cat([batch[place] for batch in batches[0]]))
+
+
+@pytest.mark.long
+def test_three_processes_train_what_one_does(tmp_path: Path) -> None:
+    values = {"batch_size": 25, "epochs": 1}
+    script = [ROOT / "tests" / "ranks.py", tmp_path, json.dumps({"three": {"values": values}})]
+    process = torchrun("--standalone", "--nproc-per-node=3", *script, cwd=tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    ranks.train(tmp_path / "one", values)
+    ours = weights(tmp_path / "three")
+    for key, tensor in weights(tmp_path / "one").items():
+        assert (ours[key] - tensor).abs().max() <= 1e-12, key
 
 
 def test_a_killed_process_is_started_again_and_nothing_is_lost(

@@ -293,3 +293,18 @@ def test_a_compiled_model_is_recorded_as_one_that_is_not(way: str, tmp_path: Pat
         assert one.gradient_norms(layer).equals(other.gradient_norms(layer))
     assert one.gap_norms().equals(other.gap_norms())
     assert one.events.equals(other.events)
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_an_empty_batch_is_named_and_kills_no_filter(whole: int, tmp_path: Path) -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer)
+    message = r"^the batch is empty: 0 images reached module '\w+'; leave such batches out"
+    with pytest.raises(RecorderError, match=message), recorder:
+        train_steps(model, optimizer, steps=whole)
+        model(torch.empty(0, 3, 14, 14))
+    run = pgt_diag.load_run(tmp_path / "run")
+    assert run.iteration_count == whole
+    if whole:
+        assert run.state_counts("silent").to_numpy().sum() == 0

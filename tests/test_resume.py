@@ -1,11 +1,13 @@
 """A resumed run is the undisturbed run, to the bit; what cannot be resumed is told in one line."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 
 import pgt_diag
 from commands.app import main
-from pgt_diag import checkpoint, training
+from pgt_diag import checkpoint, progress, training
 from pgt_diag.config import DatasetName, Device, Method, Norm, RunConfig
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.progress import Listener, Progress
@@ -131,6 +133,29 @@ def test_a_run_stopped_at_an_epochs_ends_and_in_evaluation_is_resumed_to_the_bit
     stopped(CONFIG, tmp_path / "run", calls)
     resumed(CONFIG, tmp_path / "run")
     expect_same(CONFIG, tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_an_epoch_stopped_in_its_evaluation_keeps_the_time_of_all_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, ticks = tmp_path / "run", itertools.count()
+    # A clock that goes on by a second whenever it is looked at: once after each iteration.
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+    def saved() -> float:
+        return float(checkpoint.load(checkpoint.found_in(run)[0])["meter"]["epoch_seconds"])
+
+    stopped(CONFIG, run, 7)
+    first_half = saved()
+    assert first_half >= 7
+    with pytest.raises(KeyboardInterrupt):
+        resumed(CONFIG, run, stop=stop_after(6))  # in the evaluation after the other 5
+    whole = saved()
+    assert first_half + 5 <= whole <= first_half + 8
+    resumed(CONFIG, run)
+    epoch = pgt_diag.load_run(run).metrics.iloc[0]
+    assert whole <= epoch["seconds"] <= whole + 2
+    assert epoch["images_per_second"] == pytest.approx(96 / epoch["seconds"])
 
 
 @pytest.fixture(scope="module")

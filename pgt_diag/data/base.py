@@ -42,7 +42,8 @@ class Facts:
     """What is known of a data set before training.
 
     `test_target` is (test_size,) int64 on the CPU; `mean` and `std` are per channel (3 values)
-    for pixel values in [0, 1]; `split` and `source` are sentences for people.
+    for pixel values in [0, 1]; `split` and `source` are sentences for people, and `notes` what
+    they should know before they train.
     """
 
     classes: tuple[str, ...]
@@ -53,6 +54,7 @@ class Facts:
     std: Sequence[float]
     split: str
     source: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class ImageData(ABC):
             raise ConfigurationError(
                 f"{self.name} has only {self.test_size} test images for {shard.world} processes"
             )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the data before training, a line each."""
+        return self._facts.notes
 
     @property
     def batches_per_epoch(self) -> int:

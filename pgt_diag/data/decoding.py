@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
@@ -159,21 +160,46 @@ def _chunks(todo: list[_Todo]) -> Iterator[list[_Todo]]:
 
 
 def _decoder(device: torch.device) -> Decoder:
-    """Return torchvision's decoder, once it has decoded something."""
+    """Return a decoder of the packages that are installed, once it has decoded something.
+
+    torchvision's is to go, and torchcodec's takes its place.
+    """
     stream = io.BytesIO()
     Image.new("RGB", (16, 16)).save(stream, "JPEG")
-    try:
-        # Deprecated since torchvision 0.29, in favour of another package.
-        from torchvision.io import ImageReadMode, decode_jpeg
+    trial = [torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)]
+    reasons = []
+    for name, make in (("torchvision", _torchvision), ("torchcodec", _torchcodec)):
+        try:
+            decode = make(device)
+            decode(trial)
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(f"{name}: {str(error).partition(chr(10))[0]}")
+        else:
+            return decode
+    raise ConfigurationError(
+        f"decode is gpu, and nothing decodes JPEGs there ({'; '.join(reasons)}); install "
+        "torchcodec 0.16 or later, or use decode cpu"
+    )
 
-        def decode(contents: list[Tensor]) -> Sequence[Tensor]:
-            images: list[Tensor] = decode_jpeg(contents, ImageReadMode.RGB, device)
-            return images
 
-        decode([torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8)])
-    except (ImportError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError(
-            f"decode is gpu, and this torchvision decodes no JPEG there: {reason}; use decode cpu"
-        ) from None
+def _torchvision(device: torch.device) -> Decoder:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    # From 0.29 on, at every batch; what it says is for us, and done below.
+    warnings.filterwarnings("ignore", ".*TorchCodec", DeprecationWarning)
+
+    def decode(contents: list[Tensor]) -> Sequence[Tensor]:
+        images: list[Tensor] = decode_jpeg(contents, ImageReadMode.RGB, device)
+        return images
+
+    return decode
+
+
+def _torchcodec(device: torch.device) -> Decoder:
+    from torchcodec.decoders import decode_jpeg
+
+    def decode(contents: list[Tensor]) -> Sequence[Tensor]:
+        images: list[Tensor] = decode_jpeg(contents, mode="RGB", device=device)
+        return images
+
     return decode

@@ -11,7 +11,7 @@ from pgt_diag.config import Augment, Decode, RunConfig
 from pgt_diag.data.base import BadImage, Facts, ImageData, chosen_augmentation, random_number
 from pgt_diag.data.decoding import BatchDecoder, Encoded
 from pgt_diag.data.images import ImageFiles, Jpeg, readable
-from pgt_diag.data.listing import list_splits
+from pgt_diag.data.listing import Split, list_splits
 from pgt_diag.data.loading import BatchLoader, Request, Sample
 from pgt_diag.data.sources import data_folder
 from pgt_diag.data.streams import SideStream, ahead
@@ -30,12 +30,13 @@ class FolderData(ImageData):
     batch by batch, for JPEGs that are not out of the ordinary: the same parts of the same images,
     but by other code, so that pixels differ slightly. Sample images are the same either way.
 
-    Classes and files are those of torchvision's `ImageFolder`, in its order. The test images come
+    Classes and files are those of torchvision's `ImageFolder`, in its order, but for hidden ones:
+    `.ipynb_checkpoints` is no class, and what macOS adds to archives no image. The test images come
     from `val`, or from `test` where there is no `val`. Images become RGB as Pillow converts them
-    (alpha is dropped) and, as in `ImageFolder`, EXIF orientation is ignored. They are resized as
-    uint8 tensors by torchvision's v2 transforms, antialiased. Augmentation small crops and flips as
-    for the in-memory data sets, after the resize and centre crop that test images get. Normalised
-    by ImageNet's constants.
+    (alpha is dropped), but gray of 16 bits is scaled to 8, and as in `ImageFolder`, EXIF
+    orientation is ignored. They are resized as uint8 tensors by torchvision's v2 transforms,
+    antialiased. Augmentation small crops and flips as for the in-memory data sets, after the resize
+    and centre crop that test images get. Normalised by ImageNet's constants.
 
     With `bad_images` skip, an image that cannot be read is replaced by the next readable one of
     its class and split, cropped and flipped as the image it replaces would have been: where both
@@ -76,6 +77,7 @@ class FolderData(ImageData):
             IMAGENET_STD,
             split=f"the folders train and {test_name}",
             source=readable(str(root)),
+            notes=_notes(train, test),
         )
         super().__init__(config, device, facts, shard)
 
@@ -134,6 +136,42 @@ class FolderData(ImageData):
 
     def _note(self, bad: Iterable[BadImage]) -> None:
         self._bad |= {image.path: image for image in bad}
+
+
+_FEW_CLASSES = 10
+_FEW_PATHS = 3
+
+
+def _notes(train: Split, test: Split) -> tuple[str, ...]:
+    """Say how many classes and images of each there are, and what is left out."""
+    notes = [_class_counts(train, test)]
+    hidden = sorted(map(readable, train.left_out.hidden + test.left_out.hidden))
+    if hidden:
+        more = f" and {len(hidden) - _FEW_PATHS:,} more" if len(hidden) > _FEW_PATHS else ""
+        notes.append(f"skipped, because hidden: {', '.join(hidden[:_FEW_PATHS])}{more}")
+    for split in (train, test):
+        unread = split.left_out.unread_images
+        if unread:
+            count, kinds = sum(unread.values()), ", ".join(sorted(unread))
+            files = "1 file in {} is" if count == 1 else f"{count:,} files in {{}} are"
+            notes.append(f"{files.format(split.folder.name)} not read, being {kinds}")
+    return tuple(notes)
+
+
+def _class_counts(train: Split, test: Split) -> str:
+    if len(train.classes) <= _FEW_CLASSES:
+        each = ", ".join(
+            f"{readable(name)} {of_train:,} + {of_test:,}"
+            for name, of_train, of_test in zip(
+                train.classes, train.counts, test.counts, strict=True
+            )
+        )
+        return f"{len(train.classes)} classes, training + test images: {each}"
+    of_train, of_test = (
+        f"{min(counts):,}" + (f" to {max(counts):,}" if max(counts) > min(counts) else "")
+        for counts in (train.counts, test.counts)
+    )
+    return f"{len(train.classes):,} classes of {of_train} training and {of_test} test images each"
 
 
 @dataclass(frozen=True)

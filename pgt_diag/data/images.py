@@ -2,11 +2,14 @@
 
 import io
 import os
+import re
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -22,6 +25,15 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 _NARROWEST = 100
 _END_OF_IMAGE = b"\xff\xd9"
 _RGB_COMPONENTS = [ord(letter) for letter in "RGB"]
+_EXIF = re.compile(rb"\xff\xe1(?=..Exif\0\0)", re.DOTALL)
+_UNUSED_SEGMENT = 0xEF
+_BITS_PER_SAMPLE = 258
+"""The tag of a TIFF image that tells how many of 16 bits are used."""
+_RANGELESS = {"I": "32-bit or signed integers", "F": "floating-point numbers"}
+
+# What Pillow warns of is read all the same, or is an error a moment later; the lines between those
+# of a run would name no file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnreadableImageError(DataError):
@@ -36,7 +48,10 @@ class UnreadableImageError(DataError):
 
 @dataclass(frozen=True)
 class Jpeg:
-    """An image still to be decoded: its file's bytes (N,) uint8, and (width, height) in pixels."""
+    """An image still to be decoded: its file's bytes (N,) uint8, and (width, height) in pixels.
+
+    They say nothing of a camera's orientation.
+    """
 
     content: Tensor
     size: tuple[int, int]
@@ -148,6 +163,8 @@ def read_jpeg(path: str) -> Jpeg | None:
         return None
     if not content.rstrip(b"\0").endswith(_END_OF_IMAGE):
         return None
+    for match in _EXIF.finditer(content):
+        content[match.start() + 1] = _UNUSED_SEGMENT  # some decoders would turn the image
     return Jpeg(torch.frombuffer(content, dtype=torch.uint8), size)
 
 
@@ -170,8 +187,38 @@ def _most_bytes(image: Image.Image) -> int:
 def _decode(path: str) -> Image.Image:
     with _open_plain(path) as file, Image.open(file, formats=_FORMATS) as image:
         _check_shape(image)
+        white = _white(image)
         image.load()
+        if white is not None:
+            return _in_8_bits(image, white).convert("RGB")
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _white(image: Image.Image) -> int | None:
+    """Return which value is white in an image of 16 bits a pixel, gray; None for other images.
+
+    Pillow cuts such values off at 255 when it converts them, without a word.
+
+    Raises ValueError for pixels whose range nothing tells.
+    """
+    if image.mode.startswith("I;16"):
+        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))
+        return int(2 ** bits[0]) - 1
+    # The 16 bits of some formats become 32 without any change of their values.
+    if image.mode == "I" and image.format in ("PNG", "PPM"):
+        return 65535
+    if image.mode in _RANGELESS:
+        raise ValueError(
+            f"its pixels are {_RANGELESS[image.mode]} (mode {image.mode}), and nothing says which "
+            "of them is white; save it with 8 or 16 bits"
+        )
+    return None
+
+
+def _in_8_bits(image: Image.Image, white: int) -> Image.Image:
+    """Return a gray image of values 0 to `white` with 0 to 255, rounded: 16 bits times 1/257."""
+    values = np.asarray(image).astype(np.int32)
+    return Image.fromarray(((510 * values + white) // (2 * white)).astype(np.uint8))
 
 
 def _open_plain(path: str) -> io.BufferedReader:

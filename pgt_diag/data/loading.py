@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pgt_diag.data.base import BadImage
 from pgt_diag.errors import DataError
+from pgt_diag.machine import usable_cpus
 
 Sample = tuple[Any, Tensor, Iterable[BadImage]]
 """Images, targets and the bad images that were replaced: of one image or of a batch."""
@@ -75,10 +76,8 @@ class BatchLoader:
 
 def _default_workers() -> int:
     # More than the CPUs only get in each other's way, and in that of training.
-    may_use = getattr(os, "sched_getaffinity", None)
-    cpus = len(may_use(0)) if may_use else os.cpu_count() or 1
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_WORKERS, cpus // beside))
+    return max(1, min(_MOST_WORKERS, usable_cpus() // beside))
 
 
 class _Pool:

@@ -18,6 +18,7 @@ from typing import Any
 from pgt_diag import storage
 from pgt_diag.config import DatasetName, Device
 from pgt_diag.errors import ConfigurationError, PgtDiagError
+from pgt_diag.machine import usable_cpus
 from pgt_diag.sweep.grid import Row
 from pgt_diag.sweep.making import SweepListener, is_to_do, make_row
 from pgt_diag.sweep.status import RowStatus, State, status_of
@@ -105,6 +106,7 @@ def _connect(ray: Any, address: str | None) -> None:
     try:
         ray.init(
             address=address or "local",
+            num_cpus=None if address else usable_cpus(),
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level="warning",
