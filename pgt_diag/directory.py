@@ -284,8 +284,8 @@ def check_vacant(path: Path, *, force: bool = False) -> None:
         raise RunDirectoryError(f"{path}: holds other files; name an empty or new directory")
     if not force:
         raise RunDirectoryError(
-            f"{path}: already holds a run; name another directory, go on with --resume, or "
-            "replace it with --force"
+            f"{path}: already holds a run; name another directory, go on with `resume=...`, or "
+            "replace it with `force=True`"
         )
 
 

@@ -270,7 +270,8 @@ class _Session:
         if needed > free:
             raise NoSpaceError(
                 f"{self.directory}: the run needs about {needed / 1e6:,.0f} MB, and "
-                f"{free / 1e6:,.0f} MB are free; make room, or name another disk with --run-dir"
+                f"{free / 1e6:,.0f} MB are free; make room, or name a place on another disk with "
+                "`directory=DIR`"
             )
 
     def disk_bytes(self) -> int:
