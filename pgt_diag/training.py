@@ -342,7 +342,11 @@ class _Session:
             ) from None
         self._saved = time.monotonic()
         if resume is not None and resume.checkpoint is not None and self.world.first:
-            checkpoint.set_aside_newer(self.directory, resume.checkpoint)
+            try:
+                checkpoint.set_aside_newer(self.directory, resume.checkpoint)
+            except BaseException as error:
+                self.recorder.close("failed", f"{type(error).__name__}: {error}")
+                raise
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
