@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 
 import pgt_diag
 from commands import bench, check, doctor, report, show, sweep, train, watch
-from pgt_diag.config import nearest
+from pgt_diag.config import as_typed, nearest
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.text import printable
 
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         code = app(arguments, prog_name="pgt-diag", standalone_mode=False)
     except PgtDiagError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(as_typed(str(error)), error.exit_code)
     except USAGE_ERROR as error:
         return _fail(_usage(error), 2)
     except OSError as error:

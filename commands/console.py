@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from pgt_diag.config import Preset, RunConfig
+from pgt_diag.config import Preset, RunConfig, as_typed
 from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
@@ -78,7 +78,7 @@ class TrainingConsole(Listener):
             + (f", going on from iteration {plan.done:,}" if plan.done else "")
         )
         for note in plan.notes:
-            self._print(f"note: {note}")
+            self._print(f"note: {as_typed(note)}")
         if self._json:
             self._print_json({"plan": _plain(plan)})
 
@@ -120,7 +120,7 @@ class TrainingConsole(Listener):
 
     def noted(self, message: str) -> None:
         """Say what is other than asked for."""
-        self._print(f"note: {message}")
+        self._print(f"note: {as_typed(message)}")
 
     def iterated(self, progress: TrainingProgress) -> None:
         """Move the bar, or print a line now and then."""

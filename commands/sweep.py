@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from pgt_diag.config import BatchPer, Device, LrRule
+from pgt_diag.config import BatchPer, Device, LrRule, as_typed
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.sweep.grid import (
     Grid,
@@ -294,7 +294,7 @@ def _write_job_arrays(
         return
     for status in statuses:
         if status.state is State.FAILED and not retry_failed:
-            say(f"failed: {status.row.name}: {status.message}")
+            say(as_typed(f"failed: {status.row.name}: {status.message}"))
     left = len(grid.rows) - len(rows)
     if not scripts:
         say(f"nothing to submit: {left} of {len(grid.rows)} runs are finished, failed or running")

@@ -13,6 +13,7 @@ from typing import Any, Self
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from commands.terminal import console, duration, safe, say, table
+from pgt_diag.config import as_typed
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
@@ -65,7 +66,7 @@ def print_plan(
         _print_rows(statuses, estimates)
         for each in statuses:
             if each.message:
-                say(f"{each.state}: {each.row.name}: {each.message}")
+                say(as_typed(f"{each.state}: {each.row.name}: {each.message}"))
         say(f"learning rate {grid.rule}")
         counts = ", ".join(
             f"{sum(each.state is state for each in statuses)} {state}"
@@ -100,7 +101,7 @@ def print_result(results: Sequence[RowStatus], folder: Path, *, json_output: boo
         print(json.dumps({"sweep_dir": str(folder), **counts, "rows": rows}))
         return bool(failed)
     for each in failed:
-        say(f"failed: {each.row.name}: {each.message}")
+        say(as_typed(f"failed: {each.row.name}: {each.message}"))
     retry = "; --retry-failed makes them again" if failed else ""
     say(
         f"{len(results) - len(failed)} of {_runs(len(results))} finished, {len(failed)} failed"
@@ -172,7 +173,7 @@ class SweepConsole(SweepListener):
             self._bars.remove_task(self._tasks.pop(status.row))
         accuracy = status.test_accuracy
         told = f", test accuracy {accuracy:.2f} %" if accuracy is not None else ""
-        why = f": {status.message}" if status.message else ""
+        why = f": {as_typed(status.message)}" if status.message else ""
         self._say(f"{status.row.name}: {status.state}{told}{why}{self._summary()}")
         self._move()
 

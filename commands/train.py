@@ -34,6 +34,7 @@ from pgt_diag.config import (
     RunConfig,
     Schedule,
     Stem,
+    as_typed,
     compose,
     located,
     option_name,
@@ -361,7 +362,7 @@ def _run_there(directory: Path) -> tuple[int, int] | None:
 
 
 def _tell(line: str) -> None:
-    print(f"pgt-diag: {line}", file=sys.stderr)
+    print(f"pgt-diag: {as_typed(line)}", file=sys.stderr)
 
 
 @contextmanager

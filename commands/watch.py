@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from pgt_diag.config import as_typed
+
 if TYPE_CHECKING:
     from rich.console import Console, Group
     from rich.table import Table
@@ -139,7 +141,7 @@ def _layer_table(screen: "Console", snapshot: "Snapshot", room: int) -> "Table":
 
 def _ending(snapshot: "Snapshot", run: Path) -> str:
     """Return the last line: how the run ended, and what to do next."""
-    reason = f": {snapshot.message}" if snapshot.message else ""
+    reason = f": {as_typed(snapshot.message)}" if snapshot.message else ""
     return (
         f"{snapshot.status}{reason} after {snapshot.iterations:,} iterations, {snapshot.dead:,} of "
         f"{snapshot.filters:,} filters dead; next: pgt-diag report {run}"

@@ -7,16 +7,19 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.reductions import (
     SAFE_NORM,
+    exact_norms,
     filter_norms,
+    fitted,
     is_asynchronous,
     rows_of,
-    take_small_norms_again,
+    take_norms_again,
 )
 
 
@@ -58,7 +61,7 @@ def clip_filters_(
     factors, norms = _clip_(parameters, clip_factor, eps)
     for parameter, norm in zip(parameters, norms, strict=True):
         if parameter.grad is not None and not is_asynchronous(parameter):
-            take_small_norms_again(rows_of(parameter.grad), norm)
+            take_norms_again(rows_of(parameter.grad), norm)
     return factors, norms
 
 
@@ -103,7 +106,7 @@ def _clip_(
     for indices in together.values():
         clipped = _clip_alike_([parameters[index] for index in indices], clip_factor, eps)
         for index, factor, norm in zip(indices, *clipped, strict=True):
-            factors[index], norms[index] = factor.float(), norm.float()
+            factors[index], norms[index] = factor, norm
     return [factors[index] for index in sorted(factors)], [norms[index] for index in sorted(norms)]
 
 
@@ -116,10 +119,27 @@ def _clip_one_(
     then not clipped. Returns the factors and the norms afterwards, (filters,) or (1,) float32.
     """
     weights, norms = _filter_norms(parameter), _filter_norms(gradient)
+    if np.isinf(np.maximum(weights.numpy(), norms.numpy())).any():
+        return _clip_exactly_(parameter, gradient, clip_factor, eps)
     # A gradient of 0 gives infinity here, and so the factor 1.
     factors = weights.clamp_(min=eps).mul_(clip_factor).div_(norms).clamp_(max=1.0)
     gradient.mul_(factors)
     return factors.flatten().float(), norms.mul_(factors).flatten().float()
+
+
+def _clip_exactly_(
+    parameter: Tensor, gradient: Tensor, clip_factor: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Do what `_clip_one_` does in float64, where squares are too large to add up in float32."""
+    weights, norms = exact_norms(rows_of(parameter)), exact_norms(rows_of(gradient))
+    factors = weights.clamp_(min=eps).mul_(clip_factor).div_(norms).clamp_(max=1.0)
+    gradient.copy_(gradient.double() * _by_filter(factors, gradient))
+    return factors.float(), fitted(norms.mul_(factors), torch.float32)
+
+
+def _by_filter(factors: Tensor, gradient: Tensor) -> Tensor:
+    """Return (filters,) factors shaped to multiply a gradient; a vector is one filter."""
+    return factors.view([-1, *[1] * gradient.dim()][: gradient.dim()])
 
 
 def _filter_norms(tensor: Tensor) -> Tensor:
@@ -137,20 +157,22 @@ def _clip_alike_(
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Clip the gradients of parameters of one device and dtype: a GPU has few operations to start.
 
-    Returns factors and norms afterwards, (filters,) or (1,), in at least float32.
+    Returns factors and norms afterwards, (filters,) or (1,) float32.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     sizes = [_filters(parameter) for parameter in parameters]
     dtype = torch.promote_types(parameters[0].dtype, torch.float32)
-    weights, norms = parameters[0].new_empty(2, sum(sizes), dtype=dtype)
-    filter_norms([rows_of(parameter) for parameter in parameters], weights.split(sizes))
-    filter_norms([rows_of(gradient) for gradient in gradients], norms.split(sizes))
+    both: Tensor = parameters[0].new_empty(2, sum(sizes), dtype=dtype)
+    filter_norms([rows_of(parameter) for parameter in parameters], torch.split(both[0], sizes))
+    filter_norms([rows_of(gradient) for gradient in gradients], torch.split(both[1], sizes))
+    # In float64: between the smallest limit and the largest gradient lies more than float32 has.
+    weights, norms = both.double()
     # A gradient of 0 gives infinity here, and so the factor 1.
     factors = weights.clamp_(min=eps).mul_(clip_factor).div_(norms).clamp_(max=1.0)
-    for gradient, factor in zip(gradients, factors.split(sizes), strict=True):
-        # A vector is one filter: its factor is a scalar.
-        gradient.mul_(factor.view([-1, *[1] * gradient.dim()][: gradient.dim()]))
-    return factors.split(sizes), norms.mul_(factors).split(sizes)
+    for gradient, factor in zip(gradients, torch.split(factors, sizes), strict=True):
+        gradient.mul_(_by_filter(factor, gradient))
+    norms.mul_(factors)
+    return torch.split(factors.float(), sizes), torch.split(norms.float(), sizes)
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:

@@ -608,6 +608,27 @@ def option_name(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
+def as_typed(message: str) -> str:
+    """Return a library's message with the command line's options for the arguments that it names.
+
+    The library names an argument as a call has it, in backticks: `force=True`, `data=DIR`, or
+    `resume=...` where the value does not matter.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        key, value = _OPTIONS.get(match[1], match[1]), match[2].strip("\"'")
+        if value == "False":
+            return option_name(f"no_{key}")
+        flag = option_name(key)
+        return flag if value in ("True", "...") else f"{flag} {value}"
+
+    return re.sub(r"`([a-z_]+)=([^`]*)`", option, message)
+
+
+_OPTIONS = {"directory": "run_dir"}
+"""Options that are called otherwise than the argument."""
+
+
 TIMM = "timm/"
 """What the names of timm's models begin with."""
 

@@ -60,6 +60,7 @@ class RunDirectory:
         self.path = path.resolve()
         self._info: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
         self._metrics = ""
+        self._lock: int | None = None
 
     @classmethod
     def create(cls, path: Path, *, force: bool = False, info: dict[str, Any] | None = None) -> Self:
@@ -67,22 +68,27 @@ class RunDirectory:
 
         info: run.json's first entries, written at once: at a kill it is no run, or has them.
 
-        Raises RunDirectoryError when it holds a run, or anything else, already.
+        Raises RunDirectoryError when it holds a run, or anything else, already. After any error
+        nobody is kept out.
         """
         check_vacant(path, force=force)
+        directory = cls(path)
         try:
             storage.make_folder(path)
             storage.check_no_links(path)
-            directory = cls(path)
             directory.lock()
+            check_vacant(path, force=force)  # another process may have made a run in between
             for name in _OWN_FOLDERS:
                 if (path / name).exists():
                     shutil.rmtree(path / name)
             for name in _OWN_FILES:
                 (path / name).unlink(missing_ok=True)
             directory.update({"created": now(), **(info or {})})
-        except OSError as error:
-            raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
+        except BaseException as error:
+            directory.unlock()
+            if isinstance(error, OSError):
+                raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
+            raise
         return directory
 
     @classmethod
@@ -166,22 +172,22 @@ class RunDirectory:
         """Keep other writers out until `finish`, or until this process ends."""
         flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(self.path / LOCK_FILE, flags, 0o644)
-        for attempt in range(_LOCK_ATTEMPTS):
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                # A reader holds it for an instant to see whether the run goes on.
-                time.sleep(0.01 * attempt)
-            else:
-                return
-        os.close(self._lock)
-        raise RunDirectoryError(
-            f"{self.path}: is being written by another run; name another directory"
-        )
+        taken = False
+        try:
+            taken = _take(self._lock)
+        finally:
+            if not taken:
+                self.unlock()
+        if not taken:
+            raise RunDirectoryError(
+                f"{self.path}: is being written by another run; name another directory"
+            )
 
     def unlock(self) -> None:
-        """Let other writers in."""
-        os.close(self._lock)
+        """Let other writers in; further calls do nothing."""
+        file, self._lock = self._lock, None
+        if file is not None:
+            os.close(file)
 
     def finish(
         self, status: str, message: str | None = None, sealed: dict[str, bytes] | None = None
@@ -207,10 +213,15 @@ class RunDirectory:
         finally:
             self.unlock()
 
+    @property
+    def metrics_columns(self) -> list[str]:
+        """The columns of metrics.csv; none before the first row."""
+        return next(csv.reader(io.StringIO(self._metrics)), [])
+
     def append_metrics(self, values: dict[str, Any]) -> None:
         """Append an epoch's row to metrics.csv; the first row's keys are the columns."""
         buffer = io.StringIO()
-        columns = next(csv.reader(io.StringIO(self._metrics)), list(values))
+        columns = self.metrics_columns or list(values)
         writer = csv.DictWriter(buffer, columns, lineterminator="\n")
         if not self._metrics:
             writer.writeheader()
@@ -241,7 +252,7 @@ class RunDirectory:
             layer=np.asarray(layer),
             maps=maps.float().cpu().numpy(),
             images=images.cpu().numpy(),
-            labels=np.asarray(labels),
+            labels=np.asarray(labels, dtype=np.str_),
         )
         data = buffer.getvalue()
         folder = _made(self.path / FEATURE_MAPS_FOLDER)
@@ -284,9 +295,22 @@ def check_vacant(path: Path, *, force: bool = False) -> None:
         raise RunDirectoryError(f"{path}: holds other files; name an empty or new directory")
     if not force:
         raise RunDirectoryError(
-            f"{path}: already holds a run; name another directory, go on with --resume, or "
-            "replace it with --force"
+            f"{path}: already holds a run; name another directory, go on with `resume=...`, or "
+            "replace it with `force=True`"
         )
+
+
+def _take(lock: int) -> bool:
+    """Lock an open file against other writers; return whether nobody else has."""
+    for attempt in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # A reader holds it for an instant to see whether the run goes on.
+            time.sleep(0.01 * attempt)
+        else:
+            return True
+    return False
 
 
 def _is_sealed(path: Path) -> bool:

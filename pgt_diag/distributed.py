@@ -75,7 +75,7 @@ class World:
             if local >= gpus:
                 raise ConfigurationError(
                     f"process {local} of this machine has no GPU of its own, for there are {gpus}; "
-                    "start fewer processes, or use --device cpu"
+                    'start fewer processes, or use `device="cpu"`'
                 )
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
@@ -118,7 +118,8 @@ class World:
         if self.size == 1 or error is None or isinstance(error, PeerError):
             return
         if is_of_a_peer(error):
-            told = "" if self.rank else "another process of this run ended; go on with --resume"
+            told = "another process of this run ended; go on with `resume=...`"
+            told = "" if self.rank else told
             raise PeerError(told) from None
         if self.rank and isinstance(error, KeyboardInterrupt):
             raise PeerError("", exit_code=130) from None

@@ -47,7 +47,7 @@ def launch(
         name = signal.Signals(-killed[0]).name
         if attempt < RESTARTS:
             tell(f"a process was killed ({name}); starting again, {attempt + 1} of {RESTARTS}")
-    tell(f"a process was killed ({name}) once more; go on with --resume")
+    tell(f"a process was killed ({name}) once more; go on with `resume=...`")
     return 1
 
 

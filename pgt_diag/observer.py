@@ -5,7 +5,7 @@ hooks at those calls only. They reduce a map at once and keep no tensor.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -23,6 +23,9 @@ from pgt_diag.reductions import (
     working_kernels,
 )
 from pgt_diag.relu import MarkingReLU, marking_relu
+
+Named = tuple[str, int | None]
+"""A module named by hand, and which of its calls, from 1, if that was told."""
 
 
 class MapSink(Protocol):
@@ -47,7 +50,8 @@ class MapSink(Protocol):
 class MapObserver:
     """Hooks of one model; `sink` gets the reductions.
 
-    named_taps: module names by convolution, where the user names the map; gap_module: likewise.
+    named_taps: where the user names the maps, by convolution: modules, and which of their calls,
+    from 1, unless there is only one; gap_module: likewise.
     """
 
     def __init__(
@@ -55,8 +59,8 @@ class MapObserver:
         model: nn.Module,
         sink: MapSink,
         *,
-        named_taps: dict[str, str],
-        gap_module: str | None,
+        named_taps: Mapping[str, Sequence[Named]],
+        gap_module: Named | None,
     ) -> None:
         self.ready = False
         """Whether the first forward pass has been seen."""
@@ -192,14 +196,16 @@ class MapObserver:
     def _start(self, taps: dict[str, tuple[Tap, ...]]) -> None:
         """Put hooks where the first forward pass showed the maps, and add what it showed."""
         first, self._first_maps = self._first_maps, _FirstMaps()
-        for name, module in self._named_taps.items():
-            taps[name] = (Tap(Call(module, 0, "output"), "peak"),)
-        self._check_named(first)
+        for name, modules in self._named_taps.items():
+            found = {tap.where: tap for tap in taps.get(name, ())}
+            calls = [_named_call(named, first, f"taps={{'{name}': CALL}}") for named in modules]
+            self._check_channels(name, calls, first)
+            taps[name] = tuple(found.get(call, Tap(call, "peak")) for call in calls)
+        self._gap_tap = self._choose_gap_tap(taps, first)
         self._taps = taps
         for name, places in taps.items():
             for tap in places:
                 self._readers.setdefault(tap.where, {}).setdefault(tap.reading, []).append(name)
-        self._gap_tap = self._choose_gap_tap(taps, list(first.maps))
         gap = first.gap[self._gap_tap.where][self._gap_tap.reading]
         for module, side in {(c.module, c.side) for c in [*self._readers, self._gap_tap.where]}:
             self._hook(module, side)
@@ -212,14 +218,14 @@ class MapObserver:
                         row.add_(first.maps[call][reading])
             self._sink.gap().add_(gap)
 
-    def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]], seen: list[Call]) -> Tap:
+    def _choose_gap_tap(self, taps: dict[str, tuple[Tap, ...]], first: "_FirstMaps") -> Tap:
         """Return the tap of the map that the forward pass showed last: it goes to the classifier.
 
         Not the last module's: squeeze-and-excitation's gate comes before the map that it weighs.
         """
         if self._gap_module is not None:
-            return Tap(Call(self._gap_module, 0, "output"), "peak")
-        order = {call: place for place, call in enumerate(seen)}
+            return Tap(_named_call(self._gap_module, first, "gap_module=CALL"), "peak")
+        order = {call: place for place, call in enumerate(first.maps)}
         found = [
             places[-1]
             for name in convolutions(self._model)
@@ -230,19 +236,15 @@ class MapObserver:
             raise ConfigurationError("the first forward pass showed no convolution's map")
         return max(found, key=lambda tap: order[tap.where])
 
-    def _check_named(self, first: "_FirstMaps") -> None:
-        """Raise ConfigurationError for a module named by hand that shows no fitting map."""
-        for name in filter(None, [self._gap_module, *self._named_taps.values()]):
-            if Call(name, 0, "output") not in first.maps:
-                raise ConfigurationError(
-                    f"module '{name}' gave no map (N, C, ...) in the first forward pass"
-                )
-        for name, module in self._named_taps.items():
-            channels = len(first.maps[Call(module, 0, "output")]["peak"])
-            filters = convolutions(self._model)[name].out_channels
+    def _check_channels(self, name: str, calls: list[Call], first: "_FirstMaps") -> None:
+        """Raise ConfigurationError for a call named by hand whose map is not of the filters."""
+        filters = convolutions(self._model)[name].out_channels
+        for call in calls:
+            channels = len(first.maps[call]["peak"])
             if channels != filters:
                 raise ConfigurationError(
-                    f"module '{module}' has {channels} channels, and {name} has {filters} filters"
+                    f"module '{call.module}' has {channels} channels, and {name} has {filters} "
+                    "filters"
                 )
 
     def _hook(self, name: str, side: str) -> None:
@@ -322,6 +324,32 @@ def _check_batch(call: Call, values: Tensor) -> None:
             f"the batch is empty: 0 images reached module '{call.module}'; leave such batches out, "
             "with drop_last=True for example"
         )
+
+
+def _named_call(named: Named, first: "_FirstMaps", example: str) -> Call:
+    """Return the call that is named by hand, as the first forward pass showed it.
+
+    Raises ConfigurationError where there is no such call, or it is not told which of several;
+    `example` shows how to name one, as CALL.
+    """
+    module, number = named
+    calls = [call for call in first.maps if (call.module, call.side) == (module, "output")]
+    if not calls:
+        raise ConfigurationError(
+            f"module '{module}' gave no map (N, C, ...) in the first forward pass"
+        )
+    if number is None and len(calls) == 1:
+        return calls[0]
+    for call in calls:
+        if call.call + 1 == number:
+            return call
+    numbers = ", ".join(str(call.call + 1) for call in calls)
+    name = example.replace("CALL", str((module, calls[-1].call + 1)))
+    was = f"has no call {number}" if number else "is called more than once"
+    raise ConfigurationError(
+        f"module '{module}' {was} in a forward pass (calls with a map: {numbers}); name one of "
+        f"them: {name}"
+    )
 
 
 class _FirstMaps:

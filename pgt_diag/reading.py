@@ -11,7 +11,7 @@ import os
 import typing
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 Ending = Literal["finished", "interrupted", "diverged", "failed"]
 Status = Literal["running", "finished", "interrupted", "diverged", "failed"]
-_MAX_MAPS_BYTES = 1 << 30
+MAX_MAPS_BYTES = 1 << 30
 _MAX_LAYERS, _MAX_FILTERS = 4_096, 1 << 20
 MAX_COUNT = 1 << 48
 
@@ -175,15 +175,15 @@ def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":
     import pandas as pd
     from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-    if data.partition(b"\n")[0].count(b",") >= _MAX_METRICS:
-        raise RunDirectoryError(f"{path}: has more than {_MAX_METRICS:,} columns")
+    if data.partition(b"\n")[0].count(b",") >= MAX_METRICS:
+        raise RunDirectoryError(f"{path}: has more than {MAX_METRICS:,} columns")
     try:
         table = pd.read_csv(io.BytesIO(data))
     except pd.errors.EmptyDataError:
         return pd.DataFrame()  # resumed from before the end of the first epoch
     except (ValueError, OSError, OverflowError) as error:
         raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
-    for name in _METRICS:
+    for name in METRICS:
         if name not in table:
             continue
         column = table[name]
@@ -198,8 +198,8 @@ def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":
     return table
 
 
-_MAX_METRICS = 1_000
-_METRICS = (
+MAX_METRICS = 1_000
+METRICS = (
     "epoch",
     "iteration",
     "train_loss",
@@ -208,6 +208,7 @@ _METRICS = (
     "test_accuracy",
     "images_per_second",
 )
+"""The columns that reports calculate with."""
 
 
 def is_locked(path: Path) -> bool:
@@ -242,20 +243,31 @@ def check_columns(table: pa.Table, folder: Path) -> None:
         raise RunDirectoryError(f"{folder}: a part has no column 'iteration'")
 
 
-def read_snapshots(paths: Iterable[Path]) -> tuple[FeatureMaps, ...]:
-    """Return the snapshots in these files; all of them have to fit in memory."""
-    snapshots, left = [], storage.memory_share()
+def read_snapshots(paths: Iterable[Path], layers: Sequence[Layer]) -> tuple[FeatureMaps, ...]:
+    """Return the snapshots in these files, by iteration and then as the layers are ordered.
+
+    All of them have to fit in memory.
+    """
+    snapshots: dict[tuple[int, str], FeatureMaps] = {}
+    left = storage.memory_share()
     for path in paths:
         try:
-            snapshots.append(_decode_feature_maps(path, min(left, _MAX_MAPS_BYTES)))
+            found = _decode_feature_maps(path, min(left, MAX_MAPS_BYTES))
         except FileNotFoundError:
             raise
         except _UNREADABLE as error:
             raise RunDirectoryError(f"{path}: damaged or unreadable: {error}") from None
-        if snapshots[-1].iteration in {each.iteration for each in snapshots[:-1]}:
-            raise RunDirectoryError(f"{path}: another snapshot is of the same iteration")
-        left -= snapshots[-1].maps.nbytes + snapshots[-1].images.nbytes
-    return tuple(snapshots)
+        if (found.iteration, found.layer) in snapshots:
+            raise RunDirectoryError(f"{path}: another snapshot is of the same iteration and layer")
+        snapshots[found.iteration, found.layer] = found
+        left -= found.maps.nbytes + found.images.nbytes
+    order = {layer.name: layer.index for layer in layers}
+    return tuple(
+        sorted(
+            snapshots.values(),
+            key=lambda each: (each.iteration, order.get(each.layer, len(order)), each.layer),
+        )
+    )
 
 
 _UNREADABLE = (
@@ -276,7 +288,7 @@ _UNREADABLE = (
 
 def _decode_feature_maps(path: Path, limit: int) -> FeatureMaps:
     match = FEATURE_MAPS_NAME.fullmatch(path.name)
-    data = storage.read(path, _MAX_MAPS_BYTES)
+    data = storage.read(path, MAX_MAPS_BYTES)
     if match is None or storage.fingerprint(data) != match[2]:
         raise ValueError("its content is not what was written")
     with np.load(io.BytesIO(data), allow_pickle=False) as file:

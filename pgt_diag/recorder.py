@@ -18,14 +18,29 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pgt_diag import trace
 from pgt_diag.activations import Tap, convolutions
+from pgt_diag.arguments import (
+    Place,
+    Places,
+    check_attached,
+    check_entries,
+    check_filters,
+    check_maps,
+    check_scalars,
+    check_snapshot,
+    count,
+    epoch_row,
+    fraction,
+    module_calls,
+)
 from pgt_diag.directory import RunDirectory
 from pgt_diag.encoder import TraceEncoder, layer_slices
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
-from pgt_diag.observer import MapObserver
+from pgt_diag.observer import MapObserver, Named
 from pgt_diag.reading import Ending, Layer
 from pgt_diag.reductions import filter_norms, rows_of, write_total_norm
 from pgt_diag.ring import Ring, Row, RowLayout
@@ -34,6 +49,8 @@ from pgt_diag.writer import WriterThread
 
 _HANDOVER_SECONDS = 0.25
 """So long a row waits at most for the writer; with `writer.FLUSH_SECONDS`, what a kill can cost."""
+_STATE = ("steps", "seconds", "training_seconds", "directory", "encoder")
+"""What is in a recorder's state, but for what it is of."""
 
 
 class FilterRecorder:
@@ -73,7 +90,9 @@ class FilterRecorder:
         directory: the run directory to create.
         optimizer: the optimizer that updates the model's weights.
         taps: name by hand which module's output is the post-activation map of a convolution,
-            `{"conv1": "relu"}`; the others are found from the first forward pass.
+            `{"conv1": "relu"}`; of a module that a forward pass calls several times, which call,
+            from 1: `{"conv2": ("relu", 2)}`, or a list of them. The others are found from the
+            first forward pass.
         record_every: store norms every so many iterations with each window's extremes; by default
             all of the first 4,096, then ever fewer (18,000 rows at half a million iterations).
             Events are exact all the same.
@@ -88,8 +107,8 @@ class FilterRecorder:
         force: replace a run that the directory already holds.
 
     Raises:
-        ConfigurationError: the model has no convolution, or a name is unknown; `resume` is of
-            another model or other settings.
+        ConfigurationError: an argument cannot be used: the model has no convolution, a name is
+            unknown, a number is out of range; `resume` is of another model or other settings.
         RunDirectoryError: the directory already holds a run, is being written, or lacks what
             `resume` goes on from.
         RecorderError: at a step that no training forward pass of `model` preceded, or that takes a
@@ -102,8 +121,8 @@ class FilterRecorder:
         directory: str | Path,
         *,
         optimizer: torch.optim.Optimizer,
-        taps: dict[str, str] | None = None,
-        gap_module: str | None = None,
+        taps: Mapping[str, Places] | None = None,
+        gap_module: Place | None = None,
         record_every: int | None = None,
         min_spell: int = 1,
         collapsed_ratio: float = COLLAPSED_RATIO,
@@ -113,62 +132,41 @@ class FilterRecorder:
         resume: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> None:
+        check_attached(model, directory, optimizer, resume)
+        check_entries("info", info or {})
+        self._settings: dict[str, Any] = {
+            "record_every": None if record_every is None else count("record_every", record_every),
+            "min_spell": count("min_spell", min_spell),
+            "collapsed_ratio": fraction("collapsed_ratio", collapsed_ratio),
+            "zeroed_ratio": fraction("zeroed_ratio", zeroed_ratio),
+        }
         self.model = model
         self._convolutions = convolutions(model)
         self._rank, self._world = _rank_and_world()
         if not self._convolutions:
             raise ConfigurationError(f"{type(model).__name__} has no convolution to record")
-        modules = dict(model.named_modules())
-        _check_names("convolution", self._convolutions, taps or ())
-        _check_names("module", modules, [*(taps or {}).values(), *filter(None, [gap_module])])
-        weights = [module.weight for module in self._convolutions.values()]
+        named_taps, named_gap = self._named(taps, gap_module)
+        weights = self._weights()
         self._device = weights[0].device
-        self._layers = layer_slices(
-            list(self._convolutions), [weight.shape[0] for weight in weights]
-        )
-        self._min_spell, self._record_every = min_spell, record_every
-        self._ratios = (collapsed_ratio, zeroed_ratio)
+        self._layers = layer_slices(list(self._convolutions), [len(weight) for weight in weights])
+        self._filters = dict(zip(self._convolutions, map(len, weights), strict=True))
         self._stop_when_diverged = stop_when_diverged
         self._initial_norms = torch.empty(
             self._layers.offsets[-1], dtype=torch.float32, device=self._device
         )
         parts = [self._initial_norms[part] for _, part in self._layers]
         with torch.no_grad():
-            filter_norms(self._weights(), parts)
-        settings = {
-            "record_every": record_every,
-            "min_spell": min_spell,
-            "collapsed_ratio": collapsed_ratio,
-            "zeroed_ratio": zeroed_ratio,
-        }
+            filter_norms(weights, parts)
         self._identity: dict[str, Any] = {
             "layers": list(
                 map(list, zip(self._layers.names, self._layers.offsets[1:], strict=True))
             ),
-            "settings": settings,
+            "settings": self._settings,
         }
         self._path = Path(directory).resolve()
         self._directory: RunDirectory | None = None
         if resume is not None:
             self._check_identity(resume)
-        if self._rank:
-            pass  # the first process writes
-        elif resume is None:
-            self._directory = RunDirectory.create(
-                Path(directory),
-                force=force,
-                info={
-                    "status": "running",
-                    "message": None,
-                    "model": type(model).__name__,
-                    **settings,
-                    **(info or {}),
-                },
-            )
-        else:
-            self._directory = RunDirectory.reopen(Path(directory))
-            self._restore(self._directory, resume, info or {})
-        self._convolution_ids = {id(weight) for weight in weights}
         self._index = {name: index for index, name in enumerate(self._layers.names)}
 
         self._ring: Ring | None = None
@@ -176,17 +174,20 @@ class FilterRecorder:
         self._handed_over = time.monotonic()
         self._steps = 0
         self._told: dict[str, Any] = {}
+        self._snapshots: set[tuple[int, str]] = set()
         self._measuring: Tensor | None = None
         self._seconds = self._earlier_seconds = 0.0
-        if resume is not None:
-            self._go_on(resume)
-        self._started = time.perf_counter()
         self._forget_seen()
-        self._observer = MapObserver(model, self, named_taps=taps or {}, gap_module=gap_module)
-        self._step_handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._observer = MapObserver(model, self, named_taps=named_taps, gap_module=named_gap)
+        self._step_handles: list[RemovableHandle] = []
+        try:
+            self._attach(optimizer)
+            # Last: whatever fails before has made no directory, and keeps nobody out of one.
+            self._open(Path(directory), info or {}, resume, force=force)
+        except BaseException:
+            self._give_back()
+            raise
+        self._started = time.perf_counter()
         atexit.register(self._close_at_exit)
 
     # What a training loop calls
@@ -266,18 +267,24 @@ class FilterRecorder:
         `gradient_norms` maps them to (filters,) norms of the gradients that the optimizer will get,
         where the loop has computed these: they are not computed again. 0 must mean a gradient of
         zeros.
+
+        Raises ConfigurationError for an unknown convolution, and for anything of another shape.
         """
-        for names in (clip_factors, gradient_norms):
-            _check_names("convolution", self._index, names or ())
-        told = {
+        scalars = {
             "loss": loss,
             "accuracy": accuracy,
             "grad_norm_before_clip": grad_norm_before_clip,
             "clip_coefficient": clip_coefficient,
-            "clip_factors": clip_factors,
-            "gradient_norms": gradient_norms,
         }
-        self._told |= {name: value for name, value in told.items() if value is not None}
+        told: dict[str, Any] = {name: each for name, each in scalars.items() if each is not None}
+        check_scalars(told)
+        by_layer = {"clip_factors": clip_factors, "gradient_norms": gradient_norms}
+        for name, values in by_layer.items():
+            if values is not None:
+                _check_names("convolution", self._index, values)
+                check_filters(name, values, self._filters)
+                told[name] = values
+        self._told |= told
 
     def replayed(self) -> None:
         """Count a replay of the CUDA graph that a whole step was captured in, hooks included.
@@ -295,14 +302,25 @@ class FilterRecorder:
         self._seconds += time.perf_counter() - began
 
     def update_info(self, values: dict[str, Any]) -> None:
-        """Merge entries, plain JSON values, into run.json."""
+        """Merge entries, plain JSON values, into run.json.
+
+        Raises ConfigurationError for an entry of the recorder's own, and for one that could not be
+        read again; RecorderError when the recorder is closed.
+        """
+        self._check_open("update_info")
+        check_entries("values", values)
         if self._directory is not None:
             self._directory.update(values)
 
     def log_epoch(self, values: dict[str, Any]) -> None:
-        """Append one row to metrics.csv; the first call decides the columns."""
+        """Append one row to metrics.csv; the first call decides the columns.
+
+        Raises ConfigurationError for other columns, and for text where reports calculate;
+        RecorderError when the recorder is closed.
+        """
+        self._check_open("log_epoch")
         if self._directory is not None:
-            self._directory.append_metrics(values)
+            self._directory.append_metrics(epoch_row(values, self._directory.metrics_columns))
 
     def snapshot(
         self, layer: int, images: Tensor, originals: Tensor, labels: Iterable[str]
@@ -310,18 +328,34 @@ class FilterRecorder:
         """Store the post-activation maps of convolution `layer` for fixed images.
 
         images: (n, 3, H, W) float, as the model takes them, in eval mode and without autocast;
-        originals: (n, 3, H, W) uint8, to be shown beside the maps.
+        originals: (n, 3, H, W) uint8, to be shown beside the maps. At one iteration there is one
+        snapshot of a layer, and there may be some of several layers.
+
+        Raises ConfigurationError for what cannot be stored, or not be read again; RecorderError
+        when the recorder is closed.
         """
-        if not self._step_handles:
-            raise RecorderError("snapshot: the recorder is closed")
+        self._check_open("snapshot")
+        labels = list(map(str, labels))
+        check_snapshot(layer, len(self._layers.names), images, originals, labels)
         if self._directory is None:
             return
         began = time.perf_counter()
         name = self._layers.names[layer]
-        maps = self._observer.capture(name, images.to(self._device))
         self.flush()
-        self._directory.write_feature_maps(self.iterations, name, maps, originals, list(labels))
+        if (self.iterations, name) in self._snapshots:
+            raise ConfigurationError(
+                f"iteration {self.iterations} has a snapshot of '{name}' already; give all its "
+                "images at once"
+            )
+        maps = self._observer.capture(name, images.to(self._device))
+        check_maps(name, maps, originals)
+        self._snapshots.add((self.iterations, name))
+        self._directory.write_feature_maps(self.iterations, name, maps, originals, labels)
         self._seconds += time.perf_counter() - began
+
+    def _check_open(self, call: str) -> None:
+        if not self._step_handles:
+            raise RecorderError(f"{call}: the recorder is closed")
 
     def flush(self) -> None:
         """Wait until every iteration so far is on disk, to be read from the run directory."""
@@ -354,10 +388,7 @@ class FilterRecorder:
         if not self._step_handles:
             return
         atexit.unregister(self._close_at_exit)
-        self._observer.close()
-        for handle in self._step_handles:
-            handle.remove()
-        self._step_handles = []
+        self._detach()
         sealed = {}
         try:
             try:
@@ -374,8 +405,56 @@ class FilterRecorder:
             self._directory.update({"overhead": self._overhead(), "iterations": self.iterations})
             self._directory.finish(status, message, sealed)
 
+    def _detach(self) -> None:
+        """Take all hooks off."""
+        self._observer.close()
+        for handle in self._step_handles:
+            handle.remove()
+        self._step_handles = []
+
     def _close_at_exit(self) -> None:
         self.close("interrupted", "the process ended before the recorder was closed")
+
+    def _named(
+        self, taps: Mapping[str, Places] | None, gap_module: Place | None
+    ) -> tuple[dict[str, list[Named]], Named | None]:
+        """Return the modules named by hand; ConfigurationError for a name that is not there."""
+        if taps is not None and not isinstance(taps, Mapping):
+            raise ConfigurationError("taps must be a dict from convolutions to modules")
+        _check_names("convolution", self._convolutions, taps or ())
+        named = {name: module_calls(f"taps['{name}']", each) for name, each in (taps or {}).items()}
+        gap = None if gap_module is None else module_calls("gap_module", gap_module)
+        if gap and len(gap) > 1:
+            raise ConfigurationError("gap_module names several modules; name one")
+        modules = [module for each in [*named.values(), gap or []] for module, _ in each]
+        _check_names("module", [name for name, _ in self.model.named_modules() if name], modules)
+        return named, gap[0] if gap else None
+
+    def _give_back(self) -> None:
+        """Take the hooks off and let others write the directory, where it could not be opened."""
+        self._detach()
+        if self._directory is not None:
+            self._directory.unlock()
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        self._step_handles.append(optimizer.register_step_pre_hook(self._before_step))
+        self._step_handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _open(
+        self, path: Path, info: dict[str, Any], resume: Mapping[str, Any] | None, *, force: bool
+    ) -> None:
+        """Create the run directory, or go on in it."""
+        if self._rank:
+            pass  # the first process writes
+        elif resume is None:
+            begin = {"status": "running", "message": None, "model": type(self.model).__name__}
+            info = begin | self._settings | info
+            self._directory = RunDirectory.create(path, force=force, info=info)
+        else:
+            self._directory = RunDirectory.reopen(path)
+            self._restore(self._directory, resume, info)
+        if resume is not None:
+            self._go_on(resume)
 
     # What the observer's and the optimizer's hooks call
 
@@ -424,7 +503,7 @@ class FilterRecorder:
                 Layer(
                     name=name,
                     index=index,
-                    filters=module.weight.shape[0],
+                    filters=self._filters[name],
                     weight_shape=tuple(module.weight.shape),
                     activation="; ".join(map(str, taps.get(name, ()))) or "not seen",
                 )
@@ -440,9 +519,9 @@ class FilterRecorder:
             directory.path,
             self._layers,
             self._initial_norms.cpu().numpy(),
-            record_every=self._record_every,
-            min_spell=self._min_spell,
-            ratios=self._ratios,
+            record_every=self._settings["record_every"],
+            min_spell=self._settings["min_spell"],
+            ratios=(self._settings["collapsed_ratio"], self._settings["zeroed_ratio"]),
             stop_when_diverged=self._stop_when_diverged,
             state=state,
         )
@@ -457,6 +536,9 @@ class FilterRecorder:
             if theirs != mine:
                 detail = f"{theirs}, not {mine}" if kind == "settings" else "other convolutions"
                 raise ConfigurationError(f"the recorder's state is of other {kind}: {detail}")
+        missing = [key for key in _STATE if key not in resume]
+        if missing:
+            raise ConfigurationError(f"the recorder's state has no '{missing[0]}'")
 
     def _restore(
         self, directory: RunDirectory, resume: Mapping[str, Any], info: dict[str, Any]
@@ -468,12 +550,8 @@ class FilterRecorder:
             trace.EVENTS_FOLDER: int(encoder["event_count"]),
             trace.BRIEF_SPELLS_FOLDER: 0,
         }
-        try:
-            directory.restore(resume["directory"], ends, ends[trace.ITERATIONS_FOLDER])
-            directory.update(info)
-        except BaseException:
-            directory.unlock()
-            raise
+        directory.restore(resume["directory"], ends, ends[trace.ITERATIONS_FOLDER])
+        directory.update(info)
 
     def _go_on(self, resume: Mapping[str, Any]) -> None:
         self._steps = int(resume["steps"])
@@ -584,9 +662,7 @@ class FilterRecorder:
         shared = len(places) < len(self._convolutions)  # a weight has one place to write to
         if shared or not {id(weight) for weight in places} <= {id(each) for each in parameters}:
             return None
-        others = [
-            parameter for parameter in parameters if id(parameter) not in self._convolution_ids
-        ]
+        others = [parameter for parameter in parameters if parameter not in places]
         sizes = [len(rows_of(parameter)) for parameter in others]
         rest, unused = row.values.new_empty(2, sum(sizes)).unbind()
         parts = zip(torch.split(rest, sizes), torch.split(unused, sizes), strict=True)
@@ -597,15 +673,19 @@ class FilterRecorder:
         """Write the filters' gradient norms, and that of the gradients of all parameters."""
         told = self._told.get("gradient_norms", {})
         self._put(row.gradient_norms_of, told)
-        places = zip(self.convolution_weights, row.gradient_norms_of, strict=True)
+        weights = self.convolution_weights
+        places = [
+            (name, weight, row.gradient_norms_of[self._index[name]]) for name, weight in weights
+        ]
         # A layer without a gradient has unknown norms (NaN); a NaN in a gradient must show.
-        with_gradient = [(n, w.grad, out) for (n, w), out in places if w.grad is not None]
+        with_gradient = [(n, w.grad, out) for n, w, out in places if w.grad is not None]
         known = [(gradient, out) for name, gradient, out in with_gradient if name not in told]
+        recorded = {id(weight) for _, weight in weights}
         others = [
             rows_of(parameter.grad.to(self._device))
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None and id(parameter) not in self._convolution_ids
+            if parameter.grad is not None and id(parameter) not in recorded
         ]
         sizes = [len(rows) for rows in others]
         rest = row.values.new_empty(sum(sizes))

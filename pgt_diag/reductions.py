@@ -33,11 +33,11 @@ def rows_of(parameter: Tensor) -> Tensor:
 
 
 def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """Write the L2 norm of every filter of each weight, without underflow, into its `out`.
+    """Write the L2 norm of every filter of each weight into its `out`, whatever its size.
 
     weights: (filters, ...) each, of any float dtype, on one device; out: (filters,) each, float32
-    or the weight's dtype. A filter of 1e-42 has a norm above 0: only a filter of zeros has the norm
-    0.
+    or the weight's dtype. Only a filter of zeros has the norm 0, and only one with an infinity an
+    infinite norm: what its `out` cannot hold is the least, or the largest, number that it can.
     """
     if not weights:
         return
@@ -52,7 +52,7 @@ def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
             dtype = torch.promote_types(weight.dtype, norms.dtype)
             norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=dtype))
     for weight, norms in zip(weights, out, strict=True):
-        take_small_norms_again(weight, norms)
+        take_norms_again(weight, norms)
 
 
 def _start_filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
@@ -80,7 +80,8 @@ def write_total_norm(norms: Tensor, others: Tensor, out: Tensor) -> None:
     if (kernels := working_kernels(out.device)) is not None:
         kernels.write_total(norms, others, out)
     else:
-        out.fill_(torch.linalg.vector_norm(torch.cat((norms, others))))
+        total = torch.linalg.vector_norm(torch.cat((norms, others)), dtype=torch.float64)
+        out.copy_(total if is_asynchronous(out) else fitted(total, torch.float32))
 
 
 def working_kernels(device: torch.device) -> Any:
@@ -98,20 +99,38 @@ def working_kernels(device: torch.device) -> Any:
 _kernels: dict[torch.device, Any] = {}
 
 
-def take_small_norms_again(weight: Tensor, norms: Tensor) -> None:
-    """Correct, on a CPU, the norms (filters,) that a weight's or a gradient's float32 squares gave.
+def take_norms_again(weight: Tensor, norms: Tensor) -> None:
+    """Correct, on a CPU, the norms (filters,) whose squares were too small or too large to add up.
 
-    weight: (filters, ...).
+    weight: (filters, ...), of which they are the norms.
     """
     # NumPy: of an operation on a few hundred numbers torch's start takes the most time.
-    found = np.flatnonzero(norms.numpy() < SAFE_NORM)
+    values = norms.numpy()
+    found = np.flatnonzero((values < SAFE_NORM) | (values == np.inf))
     if len(found) == 0:
         return
-    small = torch.from_numpy(found)
-    rows = weight.detach().flatten(1).index_select(0, small)
+    odd = torch.from_numpy(found)
+    rows = weight.detach().flatten(1).index_select(0, odd)
     least, largest = torch.aminmax(rows)
     if least != 0 or largest != 0:
-        norms[small] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).to(norms.dtype)
+        norms[odd] = fitted(exact_norms(rows), norms.dtype)
+
+
+def exact_norms(rows: Tensor) -> Tensor:
+    """Return L2 norms over all dims but the first, (n,) float64, of numbers of any size."""
+    numbers = rows.flatten(1).double()
+    largest = numbers.abs().amax(1, keepdim=True)
+    # 0, infinity and NaN are to stay what they are.
+    scale = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    norms: Tensor = torch.linalg.vector_norm(numbers / scale, dim=1)
+    return norms * scale[:, 0]
+
+
+def fitted(norms: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float64 norms in another dtype: what is neither 0 nor infinite becomes neither."""
+    limits = torch.finfo(dtype)
+    inside = norms.clamp(limits.tiny * limits.eps, limits.max)
+    return torch.where((norms == 0) | norms.isinf(), norms, inside).to(dtype)
 
 
 def add_activity(values: Tensor, reading: Reading, outs: Sequence[Tensor]) -> None:

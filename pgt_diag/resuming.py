@@ -86,8 +86,8 @@ def resume_point(directory: Path) -> ResumePoint:
         "; ".join(damaged) or f"{iterations:,} iterations are recorded, and no checkpoint is left"
     )
     raise RunDirectoryError(
-        f"{directory}: nothing intact to go on from ({what}); start it again with --force, or "
-        f"in another directory"
+        f"{directory}: nothing intact to go on from ({what}); start it again with `force=True`, "
+        "or in another directory"
     )
 
 

@@ -205,11 +205,11 @@ class Run:
 
     @cached_property
     def feature_maps(self) -> tuple[FeatureMaps, ...]:
-        """The snapshots, in order of iteration."""
+        """The snapshots, in order of iteration, and of layers within one."""
         folder = self.path / FEATURE_MAPS_FOLDER
         storage.check_no_link(folder)
         paths = sorted(folder.glob("iteration-*.npz")) if folder.is_dir() else []
-        return read_snapshots(paths)
+        return read_snapshots(paths, self.layers)
 
     def _vouched_for(self, name: str, read: Callable[[], bytes]) -> bytes:
         """Return a file's content, once it is one that run.json has the fingerprint of."""
@@ -297,6 +297,8 @@ class Run:
 
         if layer is not None and layer not in self._by_name:
             raise KeyError(f"no layer {layer!r} in {self.path}")
+        if window not in (None, "min", "max"):
+            raise ValueError(f"no window {window!r}; choose one of min, max, None")
         value = trace.column_name(quantity, layer)
         extreme = trace.column_name(f"{quantity}_{window}", layer)
         wanted = ["iteration", value] + ([extreme] if window else [])

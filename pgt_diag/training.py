@@ -284,7 +284,8 @@ class _Session:
         if needed > free:
             raise NoSpaceError(
                 f"{self.directory}: the run needs about {needed / 1e6:,.0f} MB, and "
-                f"{free / 1e6:,.0f} MB are free; make room, or name another disk with --run-dir"
+                f"{free / 1e6:,.0f} MB are free; make room, or name a place on another disk with "
+                "`directory=DIR`"
             )
 
     def disk_bytes(self) -> int:
@@ -355,7 +356,11 @@ class _Session:
             ) from None
         self._saved = time.monotonic()
         if resume is not None and resume.checkpoint is not None and self.world.first:
-            checkpoint.set_aside_newer(self.directory, resume.checkpoint)
+            try:
+                checkpoint.set_aside_newer(self.directory, resume.checkpoint)
+            except BaseException as error:
+                self.recorder.close("failed", f"{type(error).__name__}: {error}")
+                raise
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["model"])

@@ -44,13 +44,13 @@ class Sprite:
 
 
 def channel_states(summary: RunSummary) -> pd.DataFrame:
-    """Say, for every snapshot, image and channel, whether its map is zero and its filter dead.
+    """Say, for every snapshot shown, image and channel, whether its map is zero, its filter dead.
 
     Columns iteration, image, channel, zero (the map of this image is 0 everywhere), dead (the
     channel is in a death of the event log at that iteration).
     """
     tables = []
-    for snapshot in summary.run.feature_maps:
+    for snapshot in _of_one_layer(summary.run.feature_maps):
         images, channels = snapshot.maps.shape[:2]
         dead = _dead_channels(summary, snapshot, channels)
         tables.append(
@@ -70,7 +70,7 @@ def channel_states(summary: RunSummary) -> pd.DataFrame:
 
 def sprite(summary: RunSummary, most_pixels: int = MAX_PIXELS) -> Sprite | None:
     """Draw a run's feature maps; None where there are none."""
-    snapshots = summary.run.feature_maps
+    snapshots = _of_one_layer(summary.run.feature_maps)
     if not snapshots:
         return None
     first = snapshots[0]
@@ -100,6 +100,12 @@ def sprite(summary: RunSummary, most_pixels: int = MAX_PIXELS) -> Sprite | None:
 def sprites(summaries: Sequence[RunSummary]) -> list[Sprite | None]:
     """Draw the sprites of all runs within one budget of pixels."""
     return [sprite(summary, MAX_PIXELS // max(1, len(summaries))) for summary in summaries]
+
+
+def _of_one_layer(snapshots: Sequence[FeatureMaps]) -> list[FeatureMaps]:
+    """Return those of the layer that has the most, the first of them: a picture is of one layer."""
+    names = [each.layer for each in snapshots]
+    return [each for each in snapshots if each.layer == max(names, key=names.count)]
 
 
 def layer_position(run: Run, name: str) -> int | None:

@@ -361,7 +361,7 @@ def test_fewer_synthetic_images_than_classes_are_refused():
 
 
 def test_missing_fashion_mnist_says_how_to_get_it(tmp_path):
-    with pytest.raises(DataError, match=r"apt install dataset-fashion-mnist.*--data DIR") as caught:
+    with pytest.raises(DataError, match=r"apt install dataset-fashion-mnist.*`data=DIR`") as caught:
         open_set("fashion-mnist", data=str(tmp_path / "nowhere"))
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "nowhere") in str(caught.value)
@@ -503,7 +503,9 @@ def test_a_strangers_pickle_is_refused_and_never_executed(tmp_path, monkeypatch,
 
 
 def test_missing_cifar_names_the_folder_and_the_ways_out(tmp_path):
-    with pytest.raises(DataError, match=r"CIFAR100: no intact copy in .*--download.*--data DIR"):
+    with pytest.raises(
+        DataError, match=r"CIFAR100: no intact copy in .*`download=True`.*`data=DIR`"
+    ):
         open_set("cifar100", data=str(tmp_path))
 
 

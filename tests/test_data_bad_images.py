@@ -233,7 +233,7 @@ def test_a_class_with_one_readable_image_consists_of_it(root):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_by_default_a_bad_image_stops_the_run_and_the_error_tells_of_skip(root, workers):
     data = open_folder(root, RunConfig.bad_images, workers=workers)
-    with pytest.raises(DataError, match=r"cannot read image '.*jpg': .*--bad-images skip$"):
+    with pytest.raises(DataError, match=r"cannot read image '.*jpg': .*`bad_images=\"skip\"`$"):
         list(data.train_batches(0))
     assert data.bad_images == ()
 

@@ -290,7 +290,7 @@ def test_each_image_of_an_epoch_is_cropped_in_its_own_way(root):
 
 
 def test_no_folder_given_is_a_configuration_error():
-    with pytest.raises(ConfigurationError, match="--data DIR"):
+    with pytest.raises(ConfigurationError, match="`data=DIR`"):
         load_data(RunConfig(dataset=DatasetName.IMAGEFOLDER))
 
 

@@ -204,7 +204,7 @@ def test_snapshots_leave_every_module_in_its_mode(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     images, _ = next(batches(1, side=8))
     with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer) as recorder:
-        recorder.snapshot(0, images, images.byte(), ["a"])
+        recorder.snapshot(0, images, images.byte(), ["a"] * len(images))
     assert [module.training for module in model] == [True, False, True, True]
 
 

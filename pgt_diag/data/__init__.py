@@ -47,5 +47,5 @@ def fetch_data(config: RunConfig) -> None:
     Raises DataError when that fails, and ConfigurationError for a folder, which nobody offers.
     """
     if config.dataset is DatasetName.IMAGEFOLDER:
-        raise ConfigurationError("imagefolder cannot be downloaded; drop --download")
+        raise ConfigurationError("imagefolder cannot be downloaded; drop `download=True`")
     read_images(config, download=True)

@@ -47,7 +47,7 @@ class FolderData(ImageData):
     def __init__(self, config: RunConfig, device: torch.device, shard: Shard) -> None:
         root = data_folder(config)
         if root is None:
-            raise ConfigurationError("dataset is imagefolder; name its folder with --data DIR")
+            raise ConfigurationError("dataset is imagefolder; name its folder with `data=DIR`")
         train, test, test_name = list_splits(root)
         size = config.image_size or _IMAGENET_SIZE
         self._images = _Images(

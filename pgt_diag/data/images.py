@@ -41,7 +41,7 @@ class UnreadableImageError(DataError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(
-            f"cannot read image {path!r}: {reason}; mend or remove it, or --bad-images skip"
+            f'cannot read image {path!r}: {reason}; mend or remove it, or use `bad_images="skip"`'
         )
         self.reason = reason
 

@@ -112,8 +112,8 @@ def read_fashion_mnist(folder: Path | None, *, download: bool = False) -> RawIma
     if files is None:
         raise DataError(
             f"fashion-mnist: {_IDX_NAMES[0]}[.gz] and its three companions are not in {places[0]}; "
-            "get them with 'apt install dataset-fashion-mnist' or --download, "
-            "or name their folder with --data DIR"
+            "get them with 'apt install dataset-fashion-mnist' or `download=True`, "
+            "or name their folder with `data=DIR`"
         )
     train_images, test_images = (_read_idx(files[i], 3).unsqueeze(1) for i in (0, 2))
     train_target, test_target = (_read_idx(files[i], 1).long() for i in (1, 3))
@@ -265,7 +265,7 @@ def _load(dataset: Any, root: Path, **options: Any) -> Any:
             raise DataError(f"{name}: the download into {root} failed: {detail}") from None
         raise DataError(
             f"{name}: no intact copy in {root} (torchvision's layout, checked by MD5); "
-            "use --download, or name its folder with --data DIR"
+            "use `download=True`, or name its folder with `data=DIR`"
         ) from None
 
 

@@ -30,6 +30,15 @@ def _find(group, rows, outs, firsts, lengths, fans, start: tl.constexpr, end: tl
 
 
 @triton.jit
+def root_of(total):
+    """Return the root of a float64 sum of squares as float32; what is finite stays finite."""
+    root = tl.sqrt(total)
+    # A NaN and an infinity fail the comparison.
+    largest: tl.constexpr = 3.4028234663852886e38
+    return tl.where(root < float("inf"), tl.minimum(root, largest), root).to(tl.float32)
+
+
+@triton.jit
 def _write_norms(row, out, number, length, fan, together: tl.constexpr, block: tl.constexpr):
     """Write the L2 norms of filters `number` of a weight, in float64 until they are rounded."""
     number += tl.arange(0, together)
@@ -41,7 +50,7 @@ def _write_norms(row, out, number, length, fan, together: tl.constexpr, block: t
         mask = inside[:, None] & (column < fan)
         values = tl.load(begin + column, mask=mask, other=0.0).to(tl.float64)
         total += values * values
-    tl.store(out + number, tl.sqrt(tl.sum(total, 1)).to(tl.float32), mask=inside)
+    tl.store(out + number, root_of(tl.sum(total, 1)), mask=inside)
 
 
 @triton.jit
@@ -86,7 +95,7 @@ def total_kernel(norms, count, others, other_count, out, block: tl.constexpr):
         place = start + tl.arange(0, block)
         values = tl.load(others + place, mask=place < other_count, other=0.0).to(tl.float64)
         total += values * values
-    tl.store(out, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
+    tl.store(out, root_of(tl.sum(total, 0)))
 
 
 @triton.jit(do_not_specialize=["width"])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pgt_diag.kernels.norms import is_aligned
+from pgt_diag.kernels.norms import is_aligned, root_of
 
 _MOST_WEIGHTS = 64
 """In one launch: each of them is an argument of the kernel."""
@@ -50,8 +50,8 @@ def _update(
         tl.store(momentum + place, tl.where(skipped, before, velocity), mask=mask)
         gradient_total += slope.to(tl.float64) * slope.to(tl.float64)
         weight_total += after.to(tl.float64) * after.to(tl.float64)
-    tl.store(gradient_out + number, tl.sqrt(tl.sum(gradient_total, 0)).to(tl.float32))
-    tl.store(weight_out + number, tl.sqrt(tl.sum(weight_total, 0)).to(tl.float32))
+    tl.store(gradient_out + number, root_of(tl.sum(gradient_total, 0)))
+    tl.store(weight_out + number, root_of(tl.sum(weight_total, 0)))
 
 
 @triton.jit

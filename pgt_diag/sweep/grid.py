@@ -183,7 +183,7 @@ def parse_value(text: str) -> tuple[str, Any]:
     """Return the key and value of KEY=VALUE; the value is TOML, or text where it is not."""
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ConfigurationError(f"--set is {text!r}; write KEY=VALUE")
+        raise ConfigurationError(f"`set=...` is {text!r}; write KEY=VALUE")
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):

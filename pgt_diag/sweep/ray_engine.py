@@ -130,7 +130,7 @@ def _check_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise ConfigurationError(
             f"ray-address is {address}, and nothing answers there ({error}); start the cluster "
-            "with `ray start --head`, or leave --ray-address out for this machine alone"
+            "with `ray start --head`, or leave `ray_address=...` out for this machine alone"
         ) from None
 
 
