@@ -320,7 +320,9 @@ def train(
 
 
 def _resume_point(directory: Path, resume: Resume | None) -> "ResumePoint | None":
-    if resume is None or (resume is Resume.AUTO and not (directory / "run.json").exists()):
+    from pgt_diag.directory import what_is_left
+
+    if resume is None or (resume is Resume.AUTO and not what_is_left(directory)):
         return None
     from pgt_diag.resuming import resume_point
 
