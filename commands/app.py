@@ -8,7 +8,8 @@ from typer.core import TyperGroup
 
 import pgt_diag
 from commands import bench, check, doctor, report, show, sweep, train, watch
-from pgt_diag.config import as_typed, nearest
+from commands.usage import PlainFlags, explain, without_types_of_flags
+from pgt_diag.config import as_typed
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.text import printable
 
@@ -32,6 +33,9 @@ class _PlainHelp(TyperGroup):
         self.rich_markup_mode = None
         super().format_help(ctx, formatter)
 
+    def get_params(self, ctx: Any) -> Any:
+        return without_types_of_flags(super().get_params(ctx))
+
 
 app = typer.Typer(
     name="pgt-diag",
@@ -47,7 +51,8 @@ app = typer.Typer(
 )
 app.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
 for command in (sweep, report, show, watch, check, doctor, bench):
-    app.command(epilog=command.EPILOG)(getattr(command, command.__name__.rpartition(".")[2]))
+    name = command.__name__.rpartition(".")[2]
+    app.command(epilog=command.EPILOG, cls=PlainFlags)(getattr(command, name))
 
 
 def _show_version(wanted: bool) -> None:
@@ -75,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     except PgtDiagError as error:
         return _fail(as_typed(str(error)), error.exit_code)
     except USAGE_ERROR as error:
-        return _fail(_usage(error), 2)
+        return _fail(explain(error), 2)
     except OSError as error:
         # A path that the system refuses, wherever it is first touched.
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 3)
@@ -86,19 +91,9 @@ def main(arguments: list[str] | None = None) -> int:
     return int(code or 0)
 
 
-def _usage(error: Any) -> str:
-    """Return what is wrong in how a command was typed; of an unknown option, which one is meant."""
-    option = getattr(error, "option_name", None) or ""
-    if error.ctx is None or not option.startswith("--") or not hasattr(error, "possibilities"):
-        return str(error.format_message())
-    names = [name for option in error.ctx.command.params for name in option.opts]
-    by_key = {name.lstrip("-").replace("-", "_"): name for name in names if name.startswith("--")}
-    return f"no such option: {option}; did you mean {by_key[nearest(option.lstrip('-'), by_key)]}?"
-
-
 def _fail(message: str, code: int) -> int:
     if not message:  # another process of the run has said it
         return code
-    line = " ".join(message.replace("Value error, ", "").split())
+    line = " ".join(message.split())
     print(f"pgt-diag: error: {printable(line, 2000)}", file=sys.stderr)
     return code

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from pgt_diag.config import Device, RunConfig, Stem
+from pgt_diag.preflight import check_model
 
 DEFAULTS = RunConfig()
 
@@ -36,6 +37,8 @@ def bench(
     json_output: bool = typer.Option(False, "--json", help="Print one JSON object instead."),
 ) -> None:
     """Measure what recording, the loss and the clipping cost on this machine."""
+    check_model(model, stem)
+    # Late, so that a mistyped name is answered before torch is loaded.
     from pgt_diag import bench as library
     from pgt_diag.distributed import resolve_device
 

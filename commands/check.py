@@ -17,15 +17,13 @@ def check(
     json_output: bool = typer.Option(False, "--json", help="Print one JSON object."),
 ) -> None:
     """Read every file of runs against its checksum; say what is damaged and where to go on."""
-    from commands.terminal import say
-    from pgt_diag.check import check_run
-    from pgt_diag.errors import RunDirectoryError
     from pgt_diag.run import find_runs
 
-    found = [run for path in runs for run in (find_runs(path) if path.is_dir() else [path])]
-    found = found or [path for path in runs if any((path / "checkpoints").glob("*.pt"))]
-    if not found:
-        raise RunDirectoryError(f"{runs[0]}: no run here (run.json is missing)")
+    found = find_runs(runs)
+    # Late, so that a path without a run is answered before torch is loaded.
+    from commands.terminal import say
+    from pgt_diag.check import check_run
+
     checks = [check_run(path) for path in found]
     bad = sum(1 for each in checks if each.problems)
     if json_output:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import time
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +16,7 @@ from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
 from pgt_diag.run import load_run
-from pgt_diag.text import printable
+from pgt_diag.text import printable, quoted
 
 _LINE_SECONDS = 10.0
 _FINAL = (ConfigurationError, DivergedError)
@@ -51,7 +50,7 @@ class TrainingConsole(Listener):
             self._bar.stop()
         if kind is None or self._plan is None or issubclass(kind, _FINAL):
             return
-        directory = shlex.quote(str(self._plan.directory))
+        directory = quoted([self._plan.directory])
         self._print(
             f"what was recorded is in {directory} (pgt-diag report {directory}); go on with: "
             f"pgt-diag train --run-dir {directory} --resume"
@@ -91,7 +90,7 @@ class TrainingConsole(Listener):
             return
         self._print(
             f"done: test accuracy {metrics['test_accuracy']:.2f} %, {metrics['dead_filters']} dead "
-            f"filters; next: pgt-diag report {shlex.quote(str(path))}"
+            f"filters; next: pgt-diag report {quoted([path])}"
         )
 
     def show_finished(self, path: Path) -> None:
@@ -99,7 +98,7 @@ class TrainingConsole(Listener):
         if self._json:
             self._print_json({"run_dir": str(path), "finished": True})
             return
-        self._print(f"already finished; next: pgt-diag report {shlex.quote(str(path))}")
+        self._print(f"already finished; next: pgt-diag report {quoted([path])}")
 
     def started(self, plan: Plan) -> None:
         """Show the plan, and on a terminal the bar."""

@@ -188,10 +188,9 @@ def _renderer(
 
 
 def _load(paths: list[Path]) -> "list[Run]":
-    from commands.terminal import find_all
-    from pgt_diag.run import load_run
+    from pgt_diag.run import find_runs, load_run
 
-    return [load_run(path) for path in find_all(paths)]
+    return [load_run(path) for path in find_runs(paths)]
 
 
 def _write(target: Path, text: str, said: str) -> None:
@@ -254,11 +253,10 @@ class _Watch:
 
     def _rebuild(self) -> int:
         """Build if something is new; return how many runs still go on."""
-        from commands.terminal import find_all
-        from pgt_diag.run import load_run
+        from pgt_diag.run import find_runs, load_run
         from reports.follow import last_write
 
-        written = {path: last_write(path) for path in find_all(self._paths)}
+        written = {path: last_write(path) for path in find_runs(self._paths)}
         loaded = [load_run(path) for path in written]
         running = [run for run in loaded if run.status == "running"]
         if written != self._built:

@@ -38,14 +38,14 @@ def show(
     """Print the verdict, the deaths of every layer and the paper's tables that the runs fill."""
     # Late, so that a mistyped option is answered before pandas is loaded.
     from commands import terminal
-    from pgt_diag.run import load_run
+    from pgt_diag.run import find_runs, load_run
     from reports.digest import digest
     from reports.records import paper_tables
     from reports.summary import Epoch, summarise
     from reports.verdict import verdict
 
     epoch = Epoch.LAST if last else Epoch.BEST
-    loaded = [load_run(path) for path in terminal.find_all(runs)]
+    loaded = [load_run(path) for path in find_runs(runs)]
     if json_output:
         terminal.write_out(json.dumps(digest(loaded, epoch), indent=2, allow_nan=False) + "\n")
         return

@@ -1,7 +1,6 @@
 """`pgt-diag sweep`: many runs, a directory each; done ones are skipped, others go on."""
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -12,6 +11,8 @@ import typer
 
 from pgt_diag.config import BatchPer, Device, LrRule, as_typed
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.parent import place
+from pgt_diag.preflight import check_choices, check_download, check_there
 from pgt_diag.sweep.grid import (
     Grid,
     Row,
@@ -20,6 +21,7 @@ from pgt_diag.sweep.grid import (
     parse_value,
     read_grid,
 )
+from pgt_diag.text import quoted
 
 if TYPE_CHECKING:
     from pgt_diag.sweep.status import RowStatus
@@ -191,6 +193,8 @@ def sweep(
         grid = grid.per_process(nproc)
     folder = sweep_dir or Path("sweeps") / (config.stem if config else str(preset))
 
+    _check_early(grid, folder, engine, nproc, download=download)
+    # Late, so that such a mistake is answered before torch is loaded.
     from commands.sweep_console import SweepConsole, print_plan, print_result
 
     if download:
@@ -206,12 +210,11 @@ def sweep(
             retry_failed=retry_failed, json_output=json_output,
         )  # fmt: skip
         return
-    # Late, so that a mistyped option is answered before torch is loaded.
     from commands.terminal import say
     from commands.train import StopRequest
 
     stop = StopRequest()
-    again = shlex.join(["pgt-diag", *sys.argv[1:]])
+    again = quoted(["pgt-diag", *sys.argv[1:]])
     console = SweepConsole(grid, folder, json_output=json_output)
     try:
         with console:
@@ -264,6 +267,23 @@ def _check_engine(
         )
 
 
+def _check_early(
+    grid: Grid, folder: Path, engine: Engine, processes: int, *, download: bool
+) -> None:
+    """Raise what can be told of the runs that have not begun before torch is loaded."""
+    from pgt_diag.directory import what_is_left
+
+    place()
+    for row in grid.rows:
+        if what_is_left(folder / row.name):
+            continue
+        check_choices(row.config, processes)
+        if download:
+            check_download(row.config)
+        elif engine is Engine.LOCAL:  # others read the data on other machines
+            check_there(row.config)
+
+
 def _write_job_arrays(
     grid: Grid,
     folder: Path,
@@ -301,7 +321,7 @@ def _write_job_arrays(
     else:
         if gpus is None and any(row.config.device is not Device.CPU for row in rows):
             say("note: the tasks ask Slurm for no GPU; --gpus-per-run N does", stderr=True)
-        submit = " && ".join(f"sbatch --time=24:00:00 {shlex.quote(str(s))}" for s in scripts)
+        submit = " && ".join(f"sbatch --time=24:00:00 {quoted([s])}" for s in scripts)
         say(
             f"{folder}: {len(rows)} of {len(grid.rows)} runs; learning rate {grid.rule}; "
             f"submit with: {submit}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pgt_diag.progress import Progress as TrainingProgress
 from pgt_diag.sweep.grid import Grid, Row
 from pgt_diag.sweep.making import SweepListener, is_to_do
 from pgt_diag.sweep.status import RowStatus, State, status_of
+from pgt_diag.text import quoted
 
 _LINE_SECONDS = 10.0
 
@@ -105,7 +105,7 @@ def print_result(results: Sequence[RowStatus], folder: Path, *, json_output: boo
     retry = "; --retry-failed makes them again" if failed else ""
     say(
         f"{len(results) - len(failed)} of {_runs(len(results))} finished, {len(failed)} failed"
-        f"{retry}; next: pgt-diag report {shlex.quote(str(folder))}"
+        f"{retry}; next: pgt-diag report {quoted([folder])}"
     )
     return bool(failed)
 

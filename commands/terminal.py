@@ -7,14 +7,11 @@ act on the terminal, and rich reads markup in square brackets.
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
-from pgt_diag.errors import RunDirectoryError
 
 PLAIN_WIDTH = 200
 """Columns where nobody looks: lines in a file or a pipe are not to be folded."""
@@ -88,21 +85,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours:,}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def find_all(paths: Sequence[Path]) -> list[Path]:
-    """Return the run directories that these are, or hold, each once, in order.
-
-    Raises RunDirectoryError where there is none.
-    """
-    from pgt_diag.run import find_runs
-
-    found: dict[Path, Path] = {}
-    for path in paths:
-        runs = list(find_runs(path))
-        if not runs:
-            reason = "no run here, nor in its folders" if path.exists() else "no such directory"
-            raise RunDirectoryError(f"{path}: {reason}")
-        for run in runs:
-            found.setdefault(run.resolve(), run)
-    return list(found.values())

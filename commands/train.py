@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import typer
-from typer.core import TyperCommand
 
+from commands.usage import PlainFlags
 from pgt_diag.config import (
     PRESETS,
     RESUMABLE_WITH,
@@ -41,7 +40,8 @@ from pgt_diag.config import (
     read_toml,
 )
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.parent import end_with_parent, is_launched
+from pgt_diag.parent import end_with_parent, is_launched, place
+from pgt_diag.preflight import check_choices, check_download, check_there
 
 if TYPE_CHECKING:
     from commands.console import TrainingConsole
@@ -68,7 +68,10 @@ class Resume(StrEnum):
     AUTO = "auto"
 
 
-class TrainCommand(TyperCommand):
+_RESUMES = [[str(resume)] for resume in Resume]
+
+
+class TrainCommand(PlainFlags):
     """Lets `--resume` stand alone, and mistakes name what was typed: typer has no way to say it."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -80,8 +83,8 @@ class TrainCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a lone `--resume` as `--resume required`."""
-        for index, (argument, value) in enumerate(zip(args, [*args[1:], ""], strict=True)):
-            if argument == "--resume" and value not in list(Resume):
+        for index, argument in enumerate(args):
+            if argument == "--resume" and args[index + 1 : index + 2] not in _RESUMES:
                 args[index] = f"--resume={Resume.REQUIRED}"
         return super().parse_args(ctx, args)
 
@@ -94,7 +97,9 @@ def _option(name: str, help_text: str, panel: str, **extra: Any) -> Any:
         flag = f"{flag}/--no-{flag[2:]}"
     of_presets = {preset.value: values.get(name, default) for preset, values in PRESETS.items()}
     if len(set(of_presets.values())) > 1:
-        extra["show_default"] = ", ".join(f"{key} {value}" for key, value in of_presets.items())
+        extra["show_default"] = ", ".join(
+            f"{key} {value}" for key, value in of_presets.items() if value is not None
+        )
     return typer.Option(default, flag, help=help_text, rich_help_panel=panel, **extra)
 
 
@@ -253,6 +258,7 @@ def train(
     """Train a network, by default non-BN ResNet-18 on embedded digits, and record every filter."""
     if is_launched():
         end_with_parent()  # which may die before torch is loaded
+    place()  # a mistake in the environment, too, is told before torch is loaded
     given = _given_options(ctx)
     file, file_preset = read_toml(config) if config else ({}, None)
     preset = preset or file_preset
@@ -267,6 +273,7 @@ def train(
         raise ConfigurationError("--resume goes on with a run, and --force replaces it")
     if resume is None:
         _check_effect(given, run_config)
+    _check_early(run_config, directory, resume, processes=processes, download=download, force=force)
     if processes > 1 and not is_launched() and not dry_run:
         from pgt_diag.launcher import launch
 
@@ -320,8 +327,37 @@ def train(
         console.show_result(path)
 
 
+def _check_early(
+    config: RunConfig,
+    directory: Path,
+    resume: Resume | None,
+    *,
+    processes: int,
+    download: bool,
+    force: bool,
+) -> None:
+    """Raise what can be told of a new run before torch is loaded, which takes seconds."""
+    from pgt_diag.directory import check_vacant, what_is_left
+    from pgt_diag.reading import read_info
+
+    if is_launched():  # one of several, which tell a mistake once
+        return
+    if resume is not None and what_is_left(directory):  # and has its own configuration
+        return
+    if resume is Resume.REQUIRED:
+        read_info(directory)  # says that there is none
+    check_choices(config, processes)
+    check_vacant(directory, force=force)
+    if download:
+        check_download(config)
+    else:
+        check_there(config)
+
+
 def _resume_point(directory: Path, resume: Resume | None) -> "ResumePoint | None":
-    if resume is None or (resume is Resume.AUTO and not (directory / "run.json").exists()):
+    from pgt_diag.directory import what_is_left
+
+    if resume is None or (resume is Resume.AUTO and not what_is_left(directory)):
         return None
     from pgt_diag.resuming import resume_point
 
@@ -332,7 +368,7 @@ def _processes(nproc: int) -> int:
     """Return how many processes train together: as asked for here, or of torchrun."""
     if not is_launched():
         return nproc
-    started = int(os.environ["WORLD_SIZE"])
+    started = place().size
     if nproc not in (1, started):
         raise ConfigurationError(f"--nproc is {nproc}, and torchrun started {started} processes")
     return started
@@ -409,7 +445,7 @@ class StopRequest:
     def _hear(self, number: int, _: object) -> None:
         if not self._asked or (self._requested and number == signal.SIGINT):
             raise KeyboardInterrupt
-        if not self._requested and os.environ.get("RANK", "0") == "0":
+        if not self._requested and place().rank == 0:
             print("stopping with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
         self._requested = True
 

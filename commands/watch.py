@@ -141,8 +141,10 @@ def _layer_table(screen: "Console", snapshot: "Snapshot", room: int) -> "Table":
 
 def _ending(snapshot: "Snapshot", run: Path) -> str:
     """Return the last line: how the run ended, and what to do next."""
+    from pgt_diag.text import quoted
+
     reason = f": {as_typed(snapshot.message)}" if snapshot.message else ""
     return (
         f"{snapshot.status}{reason} after {snapshot.iterations:,} iterations, {snapshot.dead:,} of "
-        f"{snapshot.filters:,} filters dead; next: pgt-diag report {run}"
+        f"{snapshot.filters:,} filters dead; next: pgt-diag report {quoted([run])}"
     )

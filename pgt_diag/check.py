@@ -38,8 +38,8 @@ def check_run(path: Path) -> Check:
 
     Raises RunDirectoryError when there is no run directory.
     """
-    if not (path / RUN_FILE).exists() and not path.is_dir():
-        raise RunDirectoryError(f"{path}: no run here ({RUN_FILE} is missing)")
+    if not path.is_dir():
+        raise RunDirectoryError(f"{path}: no such directory")
     problems, notes = [], []
     run: Run | None = None
     try:

@@ -5,12 +5,11 @@ Standard library only, so that the command line can list every choice without im
 
 import dataclasses
 import difflib
-import math
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -264,17 +263,40 @@ def check_keys(values: Iterable[str], also: Iterable[str] = ()) -> None:
     known = [*_TYPES, *also]
     for key in values:
         if key not in known:
-            raise ConfigurationError(
-                f"unknown key '{shorten(key)}'; did you mean '{nearest(key, known)}'?"
-            )
+            raise ConfigurationError(f"unknown key '{shorten(key)}'{meant(key, known) or _KEYS}")
 
 
-def nearest(key: object, known: Iterable[str]) -> str:
-    """Return the known key that is most like another, however little that is."""
-    text, known = str(key)[:_SHOWN].lower().replace("-", "_"), list(known)
-    if (meant := _OFTEN_MEANT.get(text)) in known:
-        return str(meant)
-    return difflib.get_close_matches(text, known, n=1, cutoff=0)[0]
+def meant(
+    key: object,
+    known: Iterable[str],
+    *,
+    quote: str = "'",
+    shown: Mapping[str, str] | None = None,
+) -> str:
+    """Return "; did you mean 'x'?" for the known key that is like another one, if any is.
+
+    shown: what to call each key, where not by itself.
+    """
+    near = _nearest(str(key)[:_SHOWN].lower().replace("-", "_"), list(known))
+    return f"; did you mean {quote}{(shown or {}).get(near, near)}{quote}?" if near else ""
+
+
+def _nearest(text: str, known: list[str]) -> str | None:
+    if (often := _OFTEN_MEANT.get(text)) in known:
+        return often
+    near = difflib.get_close_matches(text, known, n=1, cutoff=_LIKE)
+    begun = [name for name in known if len(text) >= _BEGUN and name.startswith(text)]
+    return next(iter([*near, *begun]), None)
+
+
+def must_be_one_of(choices: Iterable[str]) -> str:
+    """Return what to say of a value that is no choice."""
+    return f"choose one of {', '.join(choices)}"
+
+
+_LIKE, _BEGUN = 0.66, 4
+"""How like a known key another one is that is meant for it, and so many of its first letters."""
+_KEYS = "; keys are the options of pgt-diag train"
 
 
 _OFTEN_MEANT = {
@@ -314,7 +336,11 @@ def parse_toml(path: Path) -> dict[str, Any]:
             data = file.read(_MAX_TOML_BYTES + 1)
         if len(data) > _MAX_TOML_BYTES:
             raise ValueError(f"has more than {_MAX_TOML_BYTES:,} bytes")  # noqa: TRY301
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # editors on Windows begin it with a mark
+    except UnicodeDecodeError:
+        raise ConfigurationError(
+            f"{path}: cannot be read as TOML: it is not UTF-8 text; save it as that"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path}: cannot be read as TOML: {error}") from None
 
@@ -333,21 +359,17 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Preset | None]:
             inner = next(iter(value), "")
             raise ConfigurationError(
                 f"{path}: unknown key '{shorten(f'{key}.{inner}')}'; keys stand at the top level, "
-                f"without tables; did you mean '{nearest(inner or key, _TYPES)}'?"
+                f"without tables{meant(inner or key, _TYPES)}"
             )
         if name not in (*_TYPES, "preset"):
+            near = meant(key, (*_TYPES, "preset")) or _KEYS
             raise ConfigurationError(
-                f"{path}: unknown key '{shorten(key)}'; did you mean "
-                f"'{nearest(key, (*_TYPES, 'preset'))}'? (its value is {_quoted(value)})"
+                f"{path}: unknown key '{shorten(key)}'{near} (its value is {_quoted(value)})"
             )
         values[name] = value
-    if values.get("record_every") == "auto":
-        values["record_every"] = None
     preset = values.pop("preset", None)
     if preset is not None and preset not in list(Preset):
-        raise ConfigurationError(
-            f"{path}: preset is {_quoted(preset)}; choose one of {', '.join(Preset)}"
-        )
+        raise ConfigurationError(f"{path}: preset is {_quoted(preset)}; {must_be_one_of(Preset)}")
     try:
         check_keys(values)
         values = {key: coerce(key, value) for key, value in values.items()}
@@ -360,6 +382,7 @@ _TYPES: dict[str, Any] = typing.get_type_hints(RunConfig)
 
 
 _MAX_TOML_BYTES = 1 << 20
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _quoted(value: object) -> str:
@@ -378,15 +401,13 @@ def coerce(key: str, value: Any) -> Any:
         return value
     wanted = _TYPES[key]
     if isinstance(wanted, types.UnionType):
-        if value is None:
+        if value is None or (key == "record_every" and value == "auto"):
             return None
         wanted = next(kind for kind in wanted.__args__ if kind is not types.NoneType)
     if isinstance(wanted, type) and issubclass(wanted, StrEnum):
         choices = [str(choice) for choice in wanted]
         if value not in choices:
-            raise ConfigurationError(
-                f"{key} is {_quoted(value)}; choose one of {', '.join(choices)}"
-            )
+            raise ConfigurationError(f"{key} is {_quoted(value)}; {must_be_one_of(choices)}")
         return wanted(value)
     if typing.get_origin(wanted) is tuple:
         if isinstance(value, list | tuple) and all(type(item) is int for item in value):
@@ -398,7 +419,7 @@ def coerce(key: str, value: Any) -> Any:
         except OverflowError:
             raise ConfigurationError(f"{key} is {_quoted(value)}; it is too large") from None
     if type(value) is not wanted:
-        raise ConfigurationError(f"{key} is {_quoted(value)}; it must be of type {wanted.__name__}")
+        raise ConfigurationError(f"{key} is {_quoted(value)}; it must be {_KINDS[wanted]}")
     return value
 
 
@@ -407,11 +428,13 @@ def _check(config: RunConfig) -> None:
         value = getattr(config, key)
         if value is None:
             continue
-        if not low <= value <= high or value == math.inf:
-            raise ConfigurationError(f"{key} is {shorten(value)}; it must {_describe(low, high)}")
-    if config.lr == 0 or (config.method.uses_gc and config.clip_norm == 0):
-        key = "lr" if config.lr == 0 else "clip_norm"
-        raise ConfigurationError(f"{key} is 0; it must be greater than 0")
+        if not low <= value <= high:
+            raise ConfigurationError(
+                f"{key} is {shorten(value)}; it must {_describe(low, high, value)}"
+            )
+    _check_positive(config)
+    if config.data == "":  # as from a shell's variable that is not set
+        raise ConfigurationError("data is ''; name a folder")
     if config.nesterov and config.momentum == 0:
         raise ConfigurationError("nesterov is on and momentum is 0; set momentum, or nesterov off")
     if config.warmup_epochs > config.epochs:
@@ -435,14 +458,23 @@ def _check(config: RunConfig) -> None:
             f"synthetic_images is {config.synthetic_images}, of {size}×{size} pixels: these do not "
             "fit in memory"
         )
-    if config.momentum == 1:
-        raise ConfigurationError("momentum is 1.0; it must be less than 1")
     if config.device is Device.CPU:
         _check_cpu(config)
     if config.decode is Decode.GPU and config.dataset is not DatasetName.IMAGEFOLDER:
         raise ConfigurationError(
             f"decode is gpu and dataset is {config.dataset}; only imagefolder has files to decode"
         )
+
+
+def _check_positive(config: RunConfig) -> None:
+    positive = ["lr"]
+    positive += ["clip_norm"] if config.method.uses_gc else []
+    positive += ["agc_clip_factor", "agc_eps"] if config.method.uses_agc else []
+    for key in positive:
+        if getattr(config, key) == 0:
+            raise ConfigurationError(f"{key} is 0; it must be greater than 0")
+    if config.momentum == 1:
+        raise ConfigurationError("momentum is 1.0; it must be less than 1")
 
 
 def _check_cpu(config: RunConfig) -> None:
@@ -463,6 +495,11 @@ def _check_learning_rate(config: RunConfig) -> None:
             f"cooldown_epochs is {config.cooldown_epochs} and min_lr is 0: nothing would change in "
             "them; set min_lr"
         )
+    if not 0 < config.peak_lr <= _ANY:
+        raise ConfigurationError(
+            f"lr is {config.lr:g} for batches of {config.lr_base_batch}: for those of "
+            f"{config.batch_size} it would be {config.peak_lr:g}, which is no learning rate"
+        )
     linear = config.lr_rule is LrRule.LINEAR
     if config.lr_base_batch is not None and not linear:
         raise ConfigurationError("lr_base_batch has no effect with lr_rule constant")
@@ -472,7 +509,8 @@ def _check_learning_rate(config: RunConfig) -> None:
         )
 
 
-_ANY = math.inf
+_ANY = 3e38
+"""Larger numbers do not fit into float32, in which training calculates."""
 _MANY = 10**9
 """More of anything would only be a mistake, or somebody's attempt at one."""
 _MAX_SYNTHETIC_BYTES = 1 << 30
@@ -508,9 +546,9 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
-def _describe(low: float, high: float) -> str:
+def _describe(low: float, high: float, value: float) -> str:
     if high == _ANY:
-        return f"be a number of at least {low:g}"
+        return f"be at most {high:g}" if value > high else f"be a number of at least {low:g}"
     return (
         f"lie in [{low:g}, {high:g}]"
         if high < _MANY

@@ -282,6 +282,19 @@ def open_info(data: bytes) -> dict[str, Any]:
     return info
 
 
+def what_is_left(path: Path) -> list[str]:
+    """Return which of a run's own folders and files lie in `path`: any of them makes it a run."""
+    return [name for name in (*_OWN_FOLDERS, *_OWN_FILES) if _is_there(path / name)]
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False  # and not where it cannot be seen: no run is to be overlooked
+    return True
+
+
 def check_vacant(path: Path, *, force: bool = False) -> None:
     """Raise RunDirectoryError unless a run can be created at `path`."""
     try:

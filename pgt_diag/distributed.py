@@ -4,7 +4,6 @@ A process is a rank of torch.distributed, started by `torchrun` or by `pgt-diag 
 first one writes the run directory and speaks to people.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pgt_diag.config import Device
 from pgt_diag.errors import ConfigurationError, DivergedError, PeerError, PgtDiagError
 from pgt_diag.parent import end_with_parent
+from pgt_diag.parent import place as told_place
 
 Value = TypeVar("Value")
 
@@ -63,13 +63,14 @@ class World:
 
         seconds: so long a process waits for another one before it gives up.
 
-        Raises ConfigurationError for `device` cuda where this process has no GPU of its own, and
-        PeerError when the others are not there in time.
+        Raises ConfigurationError for an environment that torchrun would not have set, and for
+        `device` cuda where this process has no GPU of its own; PeerError when the others are not
+        there in time.
         """
-        place, size = resolve_device(device), process_count()
-        if size == 1:
+        ours, place = told_place(), resolve_device(device)
+        if ours.size == 1:
             return cls(0, 1, place)
-        rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        local = ours.local_rank
         if place.type == "cuda":
             gpus = torch.cuda.device_count()
             if local >= gpus:
@@ -79,7 +80,7 @@ class World:
                 )
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
-        world = cls(rank, size, place)
+        world = cls(ours.rank, ours.size, place)
         if not torch.distributed.is_initialized():
             end_with_parent()
             world._meet(seconds)
@@ -185,7 +186,7 @@ class World:
         """
         self.from_first(make)
         with self.together():
-            if not self.first and os.environ["LOCAL_RANK"] == "0":
+            if not self.first and told_place().local_rank == 0:
                 make()
 
     def sum_(self, values: Tensor) -> Tensor:
@@ -236,11 +237,6 @@ def resolve_device(device: Device) -> torch.device:
     if device is Device.CUDA and not torch.cuda.is_available():
         raise ConfigurationError("device is cuda and torch sees no CUDA GPU; use cpu or auto")
     return torch.device(device.value)
-
-
-def process_count() -> int:
-    """Return how many processes the environment says train together, as torchrun sets it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_of_a_peer(error: BaseException) -> bool:

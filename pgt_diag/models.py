@@ -5,7 +5,6 @@ paper's subject is ResNet-18 without normalisation, the default here. A user's o
 needs nothing of this module: the recorder attaches to any `nn.Module`.
 """
 
-import difflib
 import importlib
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from pgt_diag.config import TIMM, Norm, Stem
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.preflight import missing_timm, no_small_stem, unknown_model
 
 # Both return a tuple while training unless told otherwise, and warn unless the start is named.
 _PLAIN_OUTPUT = {"aux_logits": False, "init_weights": True}
@@ -60,7 +60,7 @@ def build_model(
 def _torchvisions(name: str, num_classes: int) -> tuple[nn.Module, list[str]]:
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        raise ConfigurationError(_unknown(name, names, "torchvision.models.list_models()"))
+        raise unknown_model(name, names, "torchvision.models.list_models()")
     model: nn.Module = torchvision.models.get_model(
         name, weights=None, num_classes=num_classes, **_OPTIONS.get(name, {})
     )
@@ -73,7 +73,7 @@ def _timms(name: str, num_classes: int) -> tuple[nn.Module, list[str]]:
     # timm also takes names that it downloads (hf-hub:…) or reads from a folder (local-dir:…), and
     # a configuration may be a stranger's: only what it lists is built.
     if name not in names:
-        raise ConfigurationError(_unknown(name, names, "timm.list_models()"))
+        raise unknown_model(name, names, "timm.list_models()")
     model: nn.Module = timm.create_model(
         name.removeprefix(TIMM), pretrained=False, num_classes=num_classes
     )
@@ -84,17 +84,7 @@ def _import_timm(name: str) -> Any:
     try:
         return importlib.import_module("timm")
     except ImportError as error:
-        raise ConfigurationError(
-            f"model is {name}, and timm is not there ({error}); "
-            "install it with: pip install 'pgt-diag[timm]'"
-        ) from None
-
-
-def _unknown(name: str, names: list[str], place: str) -> str:
-    near = difflib.get_close_matches(name.lower(), names, n=3)
-    if near:
-        return f"model is {name!r}, and there is none; did you mean {' or '.join(near)}?"
-    return f"model is {name!r}, and there is none; take one that {place} names"
+        raise missing_timm(name, error) from None
 
 
 def _remove_batch_norm(model: nn.Module) -> None:
@@ -112,9 +102,7 @@ def _shrink_stem(model: nn.Module, name: str) -> None:
     conv1, pool = getattr(model, "conv1", None), getattr(model, "maxpool", None)
     plain = isinstance(conv1, nn.Conv2d) and isinstance(pool, nn.MaxPool2d)
     if type(model).__name__ != "ResNet" or not plain:
-        raise ConfigurationError(
-            f"stem is small and model is {name}; only ResNets have that stem: use stem imagenet"
-        )
+        raise no_small_stem(name)
     assert isinstance(conv1, nn.Conv2d)
     filters = conv1.out_channels
     model.conv1 = nn.Conv2d(3, filters, kernel_size=3, stride=1, padding=1, bias=False)

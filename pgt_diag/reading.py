@@ -28,6 +28,7 @@ from pgt_diag.directory import (
     RUN_FILE,
     SCHEMA_VERSION,
     open_info,
+    what_is_left,
 )
 from pgt_diag.errors import RunDirectoryError
 
@@ -73,6 +74,11 @@ def read_info(path: Path) -> dict[str, Any]:
     try:
         info = open_info(storage.read(file, MAX_RUN_FILE_BYTES))
     except FileNotFoundError:
+        if left := what_is_left(path):
+            raise RunDirectoryError(
+                f"{path}: damaged run: {RUN_FILE} is missing, and of the rest there is "
+                f"{', '.join(left)}; bring it back, or move the directory away"
+            ) from None
         raise RunDirectoryError(f"{path}: no run here ({RUN_FILE} is missing)") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunDirectoryError(f"{file}: damaged or unreadable: {error}") from None

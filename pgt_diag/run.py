@@ -18,7 +18,7 @@ Every file's content is checked against its SHA-256, which is in its name, in ru
 run.json) in itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,7 +28,13 @@ import pyarrow as pa
 
 from pgt_diag import storage, trace
 from pgt_diag.config import RunConfig
-from pgt_diag.directory import FEATURE_MAPS_FOLDER, MAX_METRICS_BYTES, METRICS_FILE, RUN_FILE
+from pgt_diag.directory import (
+    FEATURE_MAPS_FOLDER,
+    MAX_METRICS_BYTES,
+    METRICS_FILE,
+    RUN_FILE,
+    what_is_left,
+)
 from pgt_diag.encoder import SCALARS, resolve_events
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.filters import EVENT_KINDS
@@ -350,9 +356,38 @@ def load_run(path: str | Path) -> Run:
     return Run(Path(path))
 
 
-def find_runs(path: Path) -> Iterator[Path]:
-    """Yield `path` itself if it is a run directory, else those directly below it."""
-    if (path / RUN_FILE).exists():
-        yield path
-    elif path.is_dir():
-        yield from sorted(child for child in path.iterdir() if (child / RUN_FILE).exists())
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """Return the run directories that these are, or hold directly, each once, in order.
+
+    One that has lost its run.json is among them: whoever reads it says that it is damaged.
+
+    Raises RunDirectoryError for a path where there is none, and for a link to nothing.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        for run in _runs_at(path):
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_at(path: Path) -> list[Path]:
+    _check_target(path)
+    left = what_is_left(path)
+    if RUN_FILE in left:
+        return [path]
+    if not path.is_dir():
+        reason = "is a file, and a run is a directory" if path.exists() else "no such directory"
+        raise RunDirectoryError(f"{path}: {reason}")
+    runs = []
+    for child in sorted(path.iterdir()):
+        _check_target(child)
+        runs += [child] if what_is_left(child) else []
+    if not runs and not left:
+        raise RunDirectoryError(f"{path}: no run here, nor in its folders")
+    return runs or [path]
+
+
+def _check_target(path: Path) -> None:
+    # Editors lock files by hidden links to nothing.
+    if path.is_symlink() and not path.exists() and not path.name.startswith("."):
+        raise RunDirectoryError(f"{path}: is a link to '{path.readlink()}', which is not there")

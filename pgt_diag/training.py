@@ -1,5 +1,6 @@
 """The training loop: one run from its configuration to a sealed run directory."""
 
+import copy
 import json
 import math
 import os
@@ -40,6 +41,7 @@ from pgt_diag.graph import CudaCapture
 from pgt_diag.machine import usable_cpus, usable_threads
 from pgt_diag.models import build_model
 from pgt_diag.openmp import sharing_cpus
+from pgt_diag.preflight import check_shares
 from pgt_diag.progress import Listener, Meter, Plan
 from pgt_diag.reading import Ending
 from pgt_diag.recorder import FilterRecorder
@@ -178,6 +180,21 @@ EPOCH_COLUMNS = (
 """The columns of metrics.csv."""
 
 
+def _check_single_images(model: nn.Module, image: Tensor, config: RunConfig) -> None:
+    """Raise ConfigurationError where batch normalisation cannot train on one image at a time.
+
+    image: (1, 3, S, S) float. It has nothing to average over where a map is one value.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            copy.deepcopy(model)(image)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"batch_size is {config.batch_size}, and {config.model} with batch normalisation needs "
+            f"more than one image at a time in each process ({str(error).partition(', got')[0]})"
+        ) from None
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, str]:
     # As text: to the fused step 0 and False are not the same.
     return {key: repr(value) for key, value in group.items() if key not in ("params", "lr")}
@@ -212,7 +229,7 @@ class _Session:
         self.device = world.device
         self.amp = resolve_amp(config.amp, self.device)
         self.captured = resolve_graph(config.cuda_graph, world)
-        self._check_shares()
+        check_shares(config, world.size)
         set_threads(config.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -231,14 +248,6 @@ class _Session:
         self.position = _Position(epoch=0, batch=0, sums=sums)
         self.meter = Meter(config.batch_size, self.data.batches_per_epoch, config.epochs)
         self.bad_images: dict[str, dict[str, str]] = {}
-
-    def _check_shares(self) -> None:
-        config, size = self.config, self.world.size
-        if config.batch_size < size * config.accumulate:
-            raise ConfigurationError(
-                f"batch_size is {config.batch_size}: {size} processes, with accumulate "
-                f"{config.accumulate}, need at least {size * config.accumulate} images"
-            )
 
     def _load_data(self, *, download: bool) -> ImageData:
         if download:
@@ -271,6 +280,8 @@ class _Session:
                 f"{config.model} cannot take images of {size}×{size}: {reason}; set image_size"
             ) from None
         model.train()
+        if config.batch_size < 2 * config.accumulate * self.world.size:
+            _check_single_images(model, images[:1], config)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
             model.to(self.device).to(memory_format=torch.channels_last)

@@ -1,7 +1,6 @@
 """What the template prints of tables and runs: deaths, accuracies, commands, configurations."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from pgt_diag.filters import death_window
-from pgt_diag.text import printable
+from pgt_diag.text import printable, quoted
 from reports.layouts import Layout
 from reports.sections import Islands
 from reports.source import Run
@@ -163,7 +162,7 @@ def run_cards(summaries: Sequence[RunSummary]) -> list[dict[str, object]]:
             "label": summary.label,
             "status": printable(summary.run.status),
             "facts": "; ".join(_run_facts(summary)),
-            "command": printable(shlex.join(map(str, summary.run.info.get("command") or [])), 2000),
+            "command": printable(quoted(summary.run.info.get("command") or []), 2000),
         }
         for summary in summaries
     ]

@@ -89,12 +89,12 @@ def test_the_table_names_the_machine_and_warns_of_other_load(capsys):
         (("--model", "resnet81"), "model is 'resnet81', and there is none; did you mean"),
         (("--model", "alexnet"), "alexnet cannot train on images of 8×8: "),
         (("--model", "alexnet", "--stem", "small"), "stem is small and model is alexnet"),
-        (("--size", "0"), "Invalid value for '--size'"),
-        (("--batch-size", "0"), "Invalid value for '--batch-size'"),
+        (("--size", "0"), "--size is 0; it must be a number of at least 1"),
+        (("--batch-size", "0"), "--batch-size is 0; it must be"),
         (("--batch-size", str(10**15)), "memory does not hold so many images of 8×8"),
-        (("--seconds", "nan"), "Invalid value for '--seconds'"),
-        (("--seconds", "0"), "Invalid value for '--seconds'"),
-        (("--device", "tpu"), "'--device'"),
+        (("--seconds", "nan"), "--seconds is nan; it must be"),
+        (("--seconds", "0"), "--seconds is 0; it must be"),
+        (("--device", "tpu"), "--device is 'tpu'; choose one of"),
     ],
 )
 def test_a_mistake_gives_one_line(arguments, message, capsys):

@@ -183,7 +183,11 @@ MISTAKES = {
     "unknown command": (["trian"], 2, "trian"),
     "unknown option": (["train", "--epohcs=1"], 2, "--epohcs; did you mean --epochs"),
     "an option that others have": (["train", "--learning-rate=1"], 2, "did you mean --lr\\?"),
-    "an option of another command": (["check", "--wd=1", "x"], 2, "no such option: --wd; did you"),
+    "an option of another command": (
+        ["check", "--wd=1", "x"],
+        2,
+        "no such option: --wd; see",
+    ),
     "unknown method": (["train", "--method=sgd"], 2, "agc\\+pgt"),
     "unknown data set": (["train", "--dataset=mnist"], 2, "fashion-mnist"),
     "unknown model": (["train", "--model=resnet19"], 2, "--model is 'resnet19'.*resnet18"),

@@ -1,12 +1,22 @@
 """Configurations: every mistake named, every preset usable, order of precedence."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pgt_diag.config import PRESETS, Method, Preset, RunConfig, Schedule, compose, read_toml
+from pgt_diag.config import (
+    PRESETS,
+    Method,
+    Preset,
+    RunConfig,
+    Schedule,
+    compose,
+    meant,
+    read_toml,
+)
 from pgt_diag.errors import ConfigurationError
 
 
@@ -15,8 +25,8 @@ from pgt_diag.errors import ConfigurationError
     [
         ({"alpha": 1.5}, r"alpha is 1\.5; it must lie in \[0, 1\]"),
         ({"alpha": float("nan")}, "alpha is nan"),
-        ({"alpha": "high"}, "alpha is 'high'; it must be of type float"),
-        ({"epochs": 2.5}, "epochs is 2.5; it must be of type int"),
+        ({"alpha": "high"}, "alpha is 'high'; it must be a number"),
+        ({"epochs": 2.5}, "epochs is 2.5; it must be a whole number"),
         ({"epochs": True}, "epochs is True"),
         ({"epochs": 0}, "epochs is 0; it must be a number of at least 1"),
         ({"lr": 0.0}, "lr is 0; it must be greater than 0"),
@@ -35,6 +45,15 @@ from pgt_diag.errors import ConfigurationError
         ),
         ({"lr_update": "batch"}, "lr_update is 'batch'; choose one of iteration, epoch"),
         ({"lr_rule": "linear"}, "lr_rule is linear and lr_base_batch is not given"),
+        ({"data": ""}, "data is ''; name a folder"),
+        ({"lr": 1e39}, r"lr is 1e\+39; it must be at most 3e\+38"),
+        ({"lr": math.inf}, r"lr is inf; it must be at most 3e\+38"),
+        ({"method": "agc", "agc_clip_factor": 0.0}, "agc_clip_factor is 0; it must be greater"),
+        ({"method": "agc+pgt", "agc_eps": 0.0}, "agc_eps is 0; it must be greater than 0"),
+        (
+            {"lr": 1e38, "lr_rule": "linear", "lr_base_batch": 1},
+            r"lr is 1e\+38 for batches of 1: for those of 256 it would be 2\.56e\+40",
+        ),
         ({"lr_base_batch": 256}, "lr_base_batch has no effect with lr_rule constant"),
     ],
 )
@@ -114,3 +133,39 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path: Path, text: str, message: 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no\.toml: cannot be read"):
         read_toml(tmp_path / "no.toml")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text("epochs = 3\n", encoding="utf-8-sig")
+    assert read_toml(file)[0] == {"epochs": 3}
+    file.write_text("epochs = 3\n", encoding="utf-16")
+    with pytest.raises(ConfigurationError, match="it is not UTF-8 text; save it as that"):
+        read_toml(file)
+
+
+def test_automatic_recording_is_a_value_everywhere(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('record_every = "auto"\n')
+    assert read_toml(file)[0] == {"record_every": None}
+    assert RunConfig.from_mapping({"record_every": "auto"}).record_every is None
+
+
+@pytest.mark.parametrize(
+    ("key", "suggestion"),
+    [
+        ("epohcs", "; did you mean 'epochs'?"),
+        ("warmup-lr", "; did you mean 'warmup_lr'?"),
+        ("scheduler", "; did you mean 'schedule'?"),
+        ("wd", "; did you mean 'weight_decay'?"),
+        ("label", "; did you mean 'label_smoothing'?"),
+        ("fail_if_dead", ""),
+        ("junit", ""),
+        ("verbose", ""),
+        ("x", ""),
+        ("", ""),
+    ],
+)
+def test_only_a_key_that_is_near_is_suggested(key: str, suggestion: str) -> None:
+    known = [field.name for field in dataclasses.fields(RunConfig)]
+    assert meant(key, known) == suggestion

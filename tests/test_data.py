@@ -13,8 +13,9 @@ import torchvision
 from torch.nn import functional as F
 
 from commands.app import main
+from pgt_diag import preflight
 from pgt_diag.config import Augment, DatasetName, RunConfig
-from pgt_diag.data import fetch_data, load_data, sources
+from pgt_diag.data import fetch_data, load_data
 from pgt_diag.errors import ConfigurationError, DataError
 
 
@@ -140,7 +141,7 @@ def test_fashion_mnist_agrees_with_torchvisions_reader(tmp_path):
 
 
 @pytest.mark.skipif(
-    not sources.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist"
+    not preflight.DEBIAN_FASHION_MNIST.is_dir(), reason="needs Debian's dataset-fashion-mnist"
 )
 def test_debians_fashion_mnist_is_found_unasked():
     data = open_set("fashion-mnist")
@@ -528,7 +529,7 @@ def test_a_failed_download_is_one_clear_line(tmp_path, monkeypatch, dataset, err
 def offered(tmp_path, monkeypatch):
     """Fashion-MNIST is nowhere on this machine, and its server has a small one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(preflight, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
     source = tmp_path / "server"
     write_fashion(source)
 

@@ -19,7 +19,7 @@ import torch
 
 from commands import doctor as command
 from commands.app import main
-from pgt_diag import doctor
+from pgt_diag import doctor, preflight
 from pgt_diag.doctor import Status
 from tests.hostile import HOSTILE
 
@@ -406,15 +406,13 @@ def test_a_real_gpu():
 
 
 def test_a_data_set_that_is_absent_or_damaged(monkeypatch, tmp_path):
-    from pgt_diag.data import sources
-
-    monkeypatch.setattr(sources, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(preflight, "DEBIAN_FASHION_MNIST", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     finding = doctor.check_fashion_mnist()
     assert finding.status is Status.WARNING
     assert str(tmp_path) in finding.found
     assert "apt install dataset-fashion-mnist" in finding.remedy
-    for name in sources._IDX_NAMES:
+    for name in preflight.IDX_NAMES:
         (tmp_path / name).write_bytes(b"no images")
     finding = doctor.check_fashion_mnist()
     assert (finding.status, "--reinstall" in finding.remedy) == (Status.WARNING, True)

@@ -340,18 +340,20 @@ def check_configurations(count: int, seed: int, folder: Path) -> int:
 
 
 def check_message(data: bytes, error: str, file: Path, note: object) -> None:
-    """A mistake in the file is told with the file, the key and, for an unknown one, the nearest."""
+    """A mistake in the file is told with the file, the key and, if there is one, a near key."""
     assert str(file) in error or "--" in error, note
     try:
-        values = tomllib.loads(data.decode())
+        values = tomllib.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         assert "cannot be read as TOML" in error, note
         return
     if str(file) in error:
         keys = {key[:50] for key in values} | {key.replace("-", "_")[:50] for key in values}
         assert any(key in error for key in keys), note
-    if "unknown key" in error:
+    if "did you mean" in error:
         assert any(f"'{key}'" in error.partition("did you mean")[2] for key in (*_TYPES, "preset"))
+    elif "unknown key" in error:
+        assert "keys are the options" in error or "keys stand at the top level" in error, note
 
 
 def test_no_configuration_makes_a_traceback_or_a_vague_message(tmp_path: Path) -> None:

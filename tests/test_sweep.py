@@ -327,14 +327,13 @@ def test_time_is_measured_where_no_run_has_finished(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_that_cannot_be_measured_is_printed_all_the_same(
-    tmp_path: Path, capsys: Any
-) -> None:
+def test_a_sweep_whose_data_is_not_named_says_so_at_once(tmp_path: Path, capsys: Any) -> None:
     command = ["sweep", "--preset=table2", "--seeds=1", f"--sweep-dir={tmp_path}", "--dry-run"]
     assert main(command) == 2
     captured = capsys.readouterr()
-    assert "agc+pgt-a0.25-b256-s0-" in captured.out
-    assert captured.err.splitlines()[-1].startswith("pgt-diag: error: dataset is imagefolder;")
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("pgt-diag: error: dataset is imagefolder;")
 
 
 def test_the_report_has_table_2_while_the_sweep_runs(tmp_path: Path, capsys: Any) -> None:

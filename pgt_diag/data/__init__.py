@@ -9,6 +9,7 @@ from pgt_diag.data.memory import InMemoryData
 from pgt_diag.data.sources import read_images
 from pgt_diag.distributed import ALL, Shard
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.preflight import check_download
 
 __all__ = ["BadImage", "ImageData", "fetch_data", "load_data"]
 
@@ -46,6 +47,5 @@ def fetch_data(config: RunConfig) -> None:
 
     Raises DataError when that fails, and ConfigurationError for a folder, which nobody offers.
     """
-    if config.dataset is DatasetName.IMAGEFOLDER:
-        raise ConfigurationError("imagefolder cannot be downloaded; drop `download=True`")
+    check_download(config)
     read_images(config, download=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pgt_diag.config import Augment, DatasetName, RunConfig
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
+from pgt_diag.preflight import check_batch
 
 
 def random_number(*key: str | int) -> int:
@@ -91,11 +92,7 @@ class ImageData(ABC):
         self._shard = shard
         self._mean = _per_channel(facts.mean, device)
         self._std = _per_channel(facts.std, device)
-        if self.batch_size > self.train_size:
-            raise ConfigurationError(
-                f"batch_size is {self.batch_size}, but {self.name} has only {self.train_size} "
-                "training images"
-            )
+        check_batch(config, self.train_size)
         if self.test_size < shard.world:
             raise ConfigurationError(
                 f"{self.name} has only {self.test_size} test images for {shard.world} processes"

@@ -13,11 +13,10 @@ from pgt_diag.data.decoding import BatchDecoder, Encoded
 from pgt_diag.data.images import ImageFiles, Jpeg, readable
 from pgt_diag.data.listing import Split, list_splits
 from pgt_diag.data.loading import BatchLoader, Request, Sample
-from pgt_diag.data.sources import data_folder
 from pgt_diag.data.streams import SideStream, ahead
 from pgt_diag.data.views import View, training_view
 from pgt_diag.distributed import Shard
-from pgt_diag.errors import ConfigurationError
+from pgt_diag.preflight import check_folder_use, data_folder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _IMAGENET_SIZE = 224
@@ -45,9 +44,9 @@ class FolderData(ImageData):
     """
 
     def __init__(self, config: RunConfig, device: torch.device, shard: Shard) -> None:
+        check_folder_use(config)
         root = data_folder(config)
-        if root is None:
-            raise ConfigurationError("dataset is imagefolder; name its folder with `data=DIR`")
+        assert root is not None
         train, test, test_name = list_splits(root)
         size = config.image_size or _IMAGENET_SIZE
         self._images = _Images(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from pgt_diag.errors import DataError
+from pgt_diag.preflight import find_splits
 
 _UNREAD_IMAGES = (".gif", ".jfif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg")
 """How names of images end that no torchvision folder takes for one, and people often do."""
@@ -65,13 +66,7 @@ def list_splits(root: Path) -> tuple[Split, Split, str]:
     Raises DataError when a folder is missing, empty or unreadable, has fewer than two classes, a
     class has no image, the two splits differ in their classes, or a link leads out of `root`.
     """
-    test_name = "val" if (root / "val").is_dir() else "test"
-    for name, shown in (("train", "'train'"), (test_name, "'val' (or 'test')")):
-        if not (root / name).is_dir():
-            raise DataError(
-                f"no folder {shown} in {str(root)!r}; "
-                "expected images in DIR/train/CLASS/ and DIR/val/CLASS/"
-            )
+    test_name = find_splits(root)
     try:
         train, test = _list_split(root, "train"), _list_split(root, test_name)
     except OSError as error:

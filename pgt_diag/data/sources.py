@@ -3,12 +3,10 @@
 import gzip
 import importlib.util
 import math
-import os
 import struct
 import tarfile
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, assert_never
@@ -23,14 +21,15 @@ from pgt_diag.config import DatasetName, RunConfig
 from pgt_diag.data.base import seeded
 from pgt_diag.data.memory import RawImages
 from pgt_diag.errors import ConfigurationError, DataError
-
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-_IDX_NAMES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
+from pgt_diag.preflight import (
+    check_folder_use,
+    check_synthetic,
+    data_folder,
+    download_folder,
+    find_fashion_mnist,
+    no_cifar,
 )
+
 _DIGITS = 10
 _DIGITS_SHAPE = (1797, 65)  # 64 pixels and the label
 _DEFLATE_LIMIT = 1032  # no deflate stream expands more than this
@@ -46,10 +45,7 @@ def read_images(config: RunConfig, *, download: bool = False) -> RawImages:
     dataset = config.dataset
     match dataset:
         case DatasetName.DIGITS | DatasetName.SYNTHETIC:
-            if config.data is not None:
-                raise ConfigurationError(
-                    f"data is {config.data!r}, but dataset is {dataset}, which reads no folder"
-                )
+            check_folder_use(config)
             return read_digits() if dataset is DatasetName.DIGITS else make_synthetic(config)
         case DatasetName.FASHION_MNIST:
             return read_fashion_mnist(data_folder(config), download=download)
@@ -61,11 +57,6 @@ def read_images(config: RunConfig, *, download: bool = False) -> RawImages:
             raise ConfigurationError("imagefolder is not read into memory")
         case _:
             assert_never(dataset)
-
-
-def data_folder(config: RunConfig) -> Path | None:
-    """Return the configured folder, `~` expanded, or None."""
-    return None if config.data is None else _expand(Path(config.data))
 
 
 def read_digits() -> RawImages:
@@ -102,19 +93,13 @@ def read_fashion_mnist(folder: Path | None, *, download: bool = False) -> RawIma
 
     Raises DataError when a file is missing, damaged, or does not fit the others.
     """
-    roots = [folder] if folder else [DEBIAN_FASHION_MNIST, _download_folder()]
-    places = [place for root in roots for place in (root, root / "FashionMNIST" / "raw")]
-    files = _find_idx_files(places)
-    if files is None and download:
-        root = folder or _download_folder()
-        _load(torchvision.datasets.FashionMNIST, root, download=True)
-        files = _find_idx_files([root / "FashionMNIST" / "raw"])
-    if files is None:
-        raise DataError(
-            f"fashion-mnist: {_IDX_NAMES[0]}[.gz] and its three companions are not in {places[0]}; "
-            "get them with 'apt install dataset-fashion-mnist' or `download=True`, "
-            "or name their folder with `data=DIR`"
-        )
+    try:
+        files = find_fashion_mnist(folder)
+    except DataError:
+        if not download:
+            raise
+        _load(torchvision.datasets.FashionMNIST, folder or download_folder(), download=True)
+        files = find_fashion_mnist(folder)
     train_images, test_images = (_read_idx(files[i], 3).unsqueeze(1) for i in (0, 2))
     train_target, test_target = (_read_idx(files[i], 1).long() for i in (1, 3))
     classes = tuple(torchvision.datasets.FashionMNIST.classes)
@@ -145,7 +130,7 @@ def read_cifar(dataset: Any, folder: Path | None, *, download: bool = False) -> 
 
     Raises DataError when the files are missing or are not the known ones, or cannot be downloaded.
     """
-    root = folder or _download_folder()
+    root = folder or download_folder()
     train = _load(dataset, root, train=True, download=download)
     test = _load(dataset, root, train=False)
     images = [
@@ -172,8 +157,7 @@ def make_synthetic(config: RunConfig) -> RawImages:
     """
     classes, size = config.synthetic_classes, config.image_size or _SYNTHETIC_SIZE
     count = config.synthetic_images
-    if count < classes:
-        raise ConfigurationError(f"synthetic_images is {count}, fewer than the {classes} classes")
+    check_synthetic(config)
     total = count + max(count // 4, classes)
     random = seeded("synthetic", size)
     coarse = torch.randint(80, 176, (classes, 3, 4, 4), generator=random)
@@ -221,19 +205,6 @@ def _read_digits_table(path: Path) -> Tensor:
     return torch.from_numpy(table)
 
 
-def _find_idx_files(places: list[Path]) -> list[Path] | None:
-    """Return the four files, as `_IDX_NAMES` orders them, from the first place with all four."""
-    for place in places:
-        found = [
-            next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), None)
-            for name in _IDX_NAMES
-        ]
-        files = [path for path in found if path]
-        if len(files) == len(found):
-            return files
-    return None
-
-
 def _read_idx(path: Path, dimensions: int) -> Tensor:
     """Read an IDX file of bytes, gzipped if its name says so, as a uint8 tensor.
 
@@ -263,17 +234,4 @@ def _load(dataset: Any, root: Path, **options: Any) -> Any:
         detail = " ".join(str(error).split())
         if options.get("download"):
             raise DataError(f"{name}: the download into {root} failed: {detail}") from None
-        raise DataError(
-            f"{name}: no intact copy in {root} (torchvision's layout, checked by MD5); "
-            "use `download=True`, or name its folder with `data=DIR`"
-        ) from None
-
-
-def _download_folder() -> Path:
-    return _expand(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "pgt-diag"
-
-
-def _expand(path: Path) -> Path:
-    with suppress(RuntimeError):  # ~somebody who is unknown here: then it is a folder's own name
-        return path.expanduser()
-    return path
+        raise no_cifar(name, root) from None

@@ -26,6 +26,7 @@ from pgt_diag.config import (
     check_keys,
     coerce,
     compose,
+    must_be_one_of,
     parse_toml,
 )
 from pgt_diag.errors import ConfigurationError
@@ -169,13 +170,17 @@ def build_grid(
 def read_grid(path: Path) -> dict[str, Any]:
     """Read a TOML grid for `build_grid`; dashes in keys are underscores.
 
-    Raises ConfigurationError when the file cannot be read as TOML.
+    Raises ConfigurationError, naming the file, when it is not TOML, or gives a key twice.
     """
-    values = _underscored(parse_toml(path))
-    if isinstance(values.get("row"), list):
-        values["row"] = [
-            _underscored(row) if isinstance(row, dict) else row for row in values["row"]
-        ]
+    values = parse_toml(path)
+    try:
+        values = _underscored(values)
+        if isinstance(values.get("row"), list):
+            values["row"] = [
+                _underscored(row) if isinstance(row, dict) else row for row in values["row"]
+            ]
+    except ConfigurationError as error:
+        raise _located(error, str(path)) from None
     return values
 
 
@@ -255,7 +260,7 @@ def _without_effectless(config: RunConfig) -> RunConfig:
 
 def _recipe(name: Any) -> Preset | None:
     if name is not None and name not in list(Preset):
-        raise ConfigurationError(f"preset is {name!r}; choose one of {', '.join(Preset)}")
+        raise ConfigurationError(f"preset is {name!r}; {must_be_one_of(Preset)}")
     return None if name is None else Preset(name)
 
 
@@ -275,7 +280,13 @@ def _option(key: str, value: Any) -> list[str]:
 
 
 def _underscored(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name in named:
+            raise ConfigurationError(f"{name} is given twice, as '{key}' too")
+        named[name] = value
+    return named
 
 
 def _located(error: ConfigurationError, *places: str) -> ConfigurationError:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from pgt_diag import checkpoint, storage, training
+from pgt_diag import storage, training
 from pgt_diag.config import RESUMABLE_WITH, RunConfig
 from pgt_diag.data import fetch_data
-from pgt_diag.directory import RUN_FILE
+from pgt_diag.directory import what_is_left
 from pgt_diag.errors import DataError, NoSpaceError, RunDirectoryError, storage_error
 from pgt_diag.progress import Listener
 from pgt_diag.reading import is_locked
@@ -158,7 +158,7 @@ def starting_point(directory: Path, *, retry_failed: bool) -> ResumePoint | None
     With `retry_failed`, a run from which nothing can go on is moved into FAILED_FOLDER; raises
     RunDirectoryError without.
     """
-    if not (directory / RUN_FILE).exists() and not checkpoint.found_in(directory):
+    if not what_is_left(directory):
         return None
     try:
         return resume_point(directory)

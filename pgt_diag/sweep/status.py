@@ -6,7 +6,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from pgt_diag.directory import RUN_FILE
+from pgt_diag.directory import CHECKPOINTS_FOLDER, RUN_FILE, what_is_left
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.reading import is_locked
 from pgt_diag.run import Run, load_run
@@ -59,8 +59,12 @@ def status_of(row: Row, folder: Path) -> RowStatus:
     """Return how a row stands; `folder` is the sweep's directory."""
     directory = folder / row.name
     locked = is_locked(directory)
-    if not (directory / RUN_FILE).exists():
+    left = what_is_left(directory)
+    if not left:
         return RowStatus(row, State.RUNNING if locked else State.NEW)
+    if CHECKPOINTS_FOLDER in left and RUN_FILE not in left:
+        # Which it goes on from, or fails with what is wrong with them.
+        return RowStatus(row, State.RUNNING if locked else State.INTERRUPTED)
     try:
         run = load_run(directory)
         config = run.config
