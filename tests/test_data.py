@@ -479,7 +479,7 @@ def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, hundred):
 def test_a_cut_cifar_file_is_told_in_one_line(tmp_path, monkeypatch, name, left):
     _, place = write_cifar(tmp_path, monkeypatch)
     (place / name).write_bytes((place / name).read_bytes()[:left])
-    with pytest.raises(DataError, match=r"^CIFAR10: no intact copy in .*--download.*$"):
+    with pytest.raises(DataError, match=r"^CIFAR10: no intact copy in .*`download=True`.*$"):
         open_set("cifar10", data=str(tmp_path), batch_size=10)
 
 
