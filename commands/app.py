@@ -1,5 +1,6 @@
 """The `pgt-diag` application: its commands, and the one place where an error ends the process."""
 
+import errno
 import sys
 from typing import Any
 
@@ -8,6 +9,7 @@ from typer.core import TyperGroup
 
 import pgt_diag
 from commands import bench, check, doctor, report, show, sweep, train, watch
+from commands.streams import flush, make_safe
 from commands.usage import PlainFlags, explain, without_types_of_flags
 from pgt_diag.config import as_typed
 from pgt_diag.errors import PgtDiagError
@@ -75,6 +77,13 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return its exit code."""
+    make_safe()
+    code = _run(arguments)
+    error = flush()
+    return _refused(error) if error and not code else code
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         code = app(arguments, prog_name="pgt-diag", standalone_mode=False)
     except PgtDiagError as error:
@@ -83,12 +92,23 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(explain(error), 2)
     except OSError as error:
         # A path that the system refuses, wherever it is first touched.
-        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 3)
+        refused = error.filename is None and error.errno in _OF_OUTPUT
+        told = f"{error.filename or 'system'}: {error.strerror or error}"
+        return _refused(error) if refused else _fail(told, 3)
     except MemoryError:
         return _fail("out of memory", 3)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     return int(code or 0)
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_OF_OUTPUT = (*_FULL, errno.EIO, errno.EBADF)
+"""Errors without a file's name that only standard output is left for."""
+
+
+def _refused(error: OSError) -> int:
+    return _fail(f"standard output: {error.strerror}", 4 if error.errno in _FULL else 3)
 
 
 def _fail(message: str, code: int) -> int:

@@ -11,7 +11,6 @@ import typer
 
 from pgt_diag.config import BatchPer, Device, LrRule, as_typed
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.parent import place
 from pgt_diag.preflight import check_choices, check_download, check_there
 from pgt_diag.sweep.grid import (
     Grid,
@@ -273,7 +272,6 @@ def _check_early(
     """Raise what can be told of the runs that have not begun before torch is loaded."""
     from pgt_diag.directory import what_is_left
 
-    place()
     for row in grid.rows:
         if what_is_left(folder / row.name):
             continue

@@ -12,6 +12,7 @@ _LIMITS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at mos
 _WORDINGS = {
     r"^Option '(.*)' requires an argument\.$": r"\1 needs a value",
     r"^Option '(.*)' does not take a value\.$": r"\1 takes no value",
+    "Value error, ": "",  # pydantic's
 }
 _NAMED = {"runs": "name run directories", "run": "name a run directory"}
 
