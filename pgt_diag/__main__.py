@@ -22,7 +22,9 @@ def main() -> int:
             )
             return 2
     from commands.app import main as run
+    from commands.pipes import forgive_closed_pipes
 
+    forgive_closed_pipes()
     try:
         code = run()
     except Exception:
