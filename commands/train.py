@@ -361,7 +361,9 @@ def _run_there(directory: Path) -> tuple[int, int] | None:
 
 
 def _tell(line: str) -> None:
-    print(f"pgt-diag: {line}", file=sys.stderr)
+    from commands.terminal import say
+
+    say(f"pgt-diag: {line}", stderr=True)
 
 
 @contextmanager

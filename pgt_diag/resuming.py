@@ -35,6 +35,8 @@ class ResumePoint:
     state: Mapping[str, Any] | None
     finished: bool
     damaged: tuple[str, ...]
+    recorded: int | None = None
+    """Iterations on disk, of which those after the checkpoint are made again; None if unknown."""
 
 
 def resume_point(directory: Path) -> ResumePoint:
@@ -48,10 +50,11 @@ def resume_point(directory: Path) -> ResumePoint:
     damaged: list[str] = []
     stored: RunConfig | None = None
     status, iterations = "interrupted", 0
+    recorded: int | None = None
     try:
         run = load_run(directory)
         stored, status = run.config, run.status
-        iterations = run.iteration_count
+        iterations = recorded = run.iteration_count
     except RunDirectoryError as error:
         if not checkpoint.found_in(directory):
             raise
@@ -79,9 +82,11 @@ def resume_point(directory: Path) -> ResumePoint:
         except RunDirectoryError as error:
             damaged.append(str(error))
         else:
-            return ResumePoint(config, path, state, finished=False, damaged=tuple(damaged))
+            return ResumePoint(
+                config, path, state, finished=False, damaged=tuple(damaged), recorded=recorded
+            )
     if stored is not None and not damaged and iterations == 0:
-        return ResumePoint(stored, None, None, finished=False, damaged=())
+        return ResumePoint(stored, None, None, finished=False, damaged=(), recorded=0)
     what = (
         "; ".join(damaged) or f"{iterations:,} iterations are recorded, and no checkpoint is left"
     )

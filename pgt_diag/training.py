@@ -481,7 +481,7 @@ class _Session:
             listener.replaced_images(list(self.bad_images))
 
     def plan(self, resume: ResumePoint | None) -> Plan:
-        done = 0
+        done = epoch = 0
         notes: tuple[str, ...] = ()
         if self.world.size > 1 and self.config.norm is Norm.BATCH:
             notes = ("batch norm takes its statistics from each process's share of a batch",)
@@ -489,6 +489,7 @@ class _Session:
             notes += tuple(f"not used: {problem}" for problem in resume.damaged)
             if resume.state is not None:
                 done = int(resume.state["recorder"]["steps"])
+                epoch = int(resume.state["position"]["epoch"])
                 notes += self._differences(resume.state)
         return Plan(
             directory=self.directory,
@@ -505,6 +506,9 @@ class _Session:
             amp=self.amp,
             iterations=self.iterations,
             done=done,
+            resumed=resume is not None,
+            epoch=epoch,
+            recorded=resume.recorded if resume is not None else None,
             disk_bytes=self.disk_bytes(),
             notes=notes,
         )

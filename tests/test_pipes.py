@@ -10,6 +10,7 @@ import pytest
 
 from commands.app import main
 from pgt_diag.run import load_run
+from tests.runs import being_written, edit
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -55,3 +56,9 @@ def test_training_goes_on_without_its_reader(tmp_path):
     arguments = ["train", *TINY, "--run-dir=run"]
     assert without_reader(*arguments, cwd=tmp_path) == (0, "")
     assert load_run(tmp_path / "run").status == "finished"
+
+
+def test_watching_ends_with_its_reader(folder):
+    edit(folder / "run", status="running")
+    with being_written(folder / "run"):
+        assert without_reader("watch", "run", "--interval=0.1", cwd=folder) == (0, "")
