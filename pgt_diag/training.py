@@ -263,9 +263,15 @@ class _Session:
         return model
 
     def check_space(self, *, new: bool) -> None:
-        """Raise NoSpaceError unless the disk has room for what the run will write."""
+        """Raise RunDirectoryError unless the disk can be written, and has room for the run."""
         needed = self.disk_bytes() if new else self._checkpoint_bytes()
         place = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            why = "its disk is read-only" if read_only else f"no permission to write in {place}"
+            raise RunDirectoryError(
+                f"{self.directory}: cannot be written: {why}; name another directory"
+            )
         free = shutil.disk_usage(place).free
         if needed > free:
             raise NoSpaceError(
