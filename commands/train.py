@@ -278,6 +278,10 @@ def train(
         raise typer.Exit(launch(processes, arguments, _tell))
     # A job scheduler's signal ends the run as Ctrl-C does: with a checkpoint, and code 130.
     stop = StopRequest()
+    if resume is not None and not dry_run and os.environ.get("RANK", "0") == "0":
+        from pgt_diag.directory import claimed
+
+        ctx.with_resource(claimed(directory))
     # Late, so that a mistyped option is answered before torch is loaded.
     with _imports():
         from pgt_diag import training

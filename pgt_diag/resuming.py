@@ -9,6 +9,7 @@ from typing import Any
 
 from pgt_diag import checkpoint, storage, trace
 from pgt_diag.config import RunConfig
+from pgt_diag.directory import is_claimed
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.reading import (
     check_columns,
@@ -45,7 +46,7 @@ def resume_point(directory: Path) -> ResumePoint:
     Raises RunDirectoryError when there is no run, another process writes it, it diverged, or
     nothing intact is left to go on from.
     """
-    if is_locked(directory):
+    if is_locked(directory) and not is_claimed(directory):
         raise RunDirectoryError(f"{directory}: is being written by another run")
     damaged: list[str] = []
     stored: RunConfig | None = None

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from commands.app import main
+from pgt_diag.directory import claimed
 from pgt_diag.errors import NoSpaceError
+from pgt_diag.resuming import ResumePoint
 from pgt_diag.run import load_run
 from reports.demo import demo_runs
 from reports.output import write_output
@@ -267,3 +269,32 @@ def test_watch_ends_with_control_c_and_says_when_a_run_is_silent(folder, monkeyp
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("table2.csv (")
     assert "no new data since 1,00" in second and second.endswith("still waiting, Ctrl-C ends")
+
+
+def test_a_killed_run_that_is_being_resumed_goes_on_for_its_readers(folder, monkeypatch, capsys):
+    run = folder / "runs" / "baseline"
+    edit(run, status="running")
+    assert load_run(run).status == "interrupted", "nobody writes it"
+    point = ResumePoint(load_run(run).config, None, None, finished=False, damaged=())
+    monkeypatch.setattr("pgt_diag.resuming.resume_point", lambda directory: point)
+    statuses = []
+
+    def train(config, directory, **_):
+        statuses.append(load_run(directory).status)
+        return directory
+
+    monkeypatch.setattr("pgt_diag.training.train", train)
+    assert main(["train", f"--run-dir={run}", "--resume"]) == 0
+    assert statuses == ["running"], "also before anything is loaded"
+    assert load_run(run).status == "interrupted"
+
+
+def test_watch_waits_for_a_run_that_is_being_resumed(folder, monkeypatch, capsys):
+    run = folder / "runs" / "baseline"
+    edit(run, status="running")
+    left = sleeps(monkeypatch, lambda: None, lambda: edit(run, status="finished"))
+    with claimed(run):
+        assert main(["report", str(run), "--watch", "--format=csv"]) == 0
+    assert left == []
+    assert "still running" in capsys.readouterr().out
+    assert main(["report", str(run), "--watch", "--format=csv"]) == 0
