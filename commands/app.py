@@ -1,7 +1,6 @@
 """The `pgt-diag` application: its commands, and the one place where an error ends the process."""
 
 import errno
-import sys
 from typing import Any
 
 import typer
@@ -115,5 +114,7 @@ def _fail(message: str, code: int) -> int:
     if not message:  # another process of the run has said it
         return code
     line = " ".join(message.split())
-    print(f"pgt-diag: error: {printable(line, 2000)}", file=sys.stderr)
+    from commands.terminal import say
+
+    say(f"pgt-diag: error: {printable(line, 2000)}", stderr=True)
     return code

@@ -10,6 +10,7 @@ from pgt_diag.config import Device, RunConfig, Stem
 from pgt_diag.preflight import check_model
 
 DEFAULTS = RunConfig()
+_NAMES = 11
 
 EPILOG = """\b
 Examples:
@@ -56,17 +57,25 @@ def bench(
         graph=cuda_graph,
         report=report,
     )
-    print(json.dumps(result, indent=2) if json_output else _table(result))
+    if json_output:
+        print(json.dumps(result, indent=2))
+        return
+    # Late: it imports rich.
+    from commands.terminal import folded
+
+    for name, text in _rows(result).items():
+        print(folded(sys.stdout, text, name=name.ljust(_NAMES)))
+    print(folded(sys.stdout, "Other load on this machine disturbs these: see the quartiles."))
 
 
-def _table(result: dict[str, Any]) -> str:
+def _rows(result: dict[str, Any]) -> dict[str, str]:
     machine, settings, step = result["machine"], result["settings"], result["recording"]
     rate, roofline, loss = result["rate"], result["roofline"], result["loss"]
     agc, trace = result["agc"], result["trace"]
     load = "" if machine["load_before"] is None else f", load {machine['load_before']:.1f} before"
     timm = agc["times_faster_than_timm"]
     compared = f"; {_spread(timm, '.2f')} times faster than timm's" if timm else ""
-    rows = {
+    return {
         "machine": f"{machine['device']}, {machine['threads']} threads on "
         f"{machine['cpu_count']} CPUs, {machine['platform']}{load}",
         "versions": f"pgt-diag {machine['pgt_diag']}, torch {machine['torch']}, torchvision "
@@ -91,8 +100,6 @@ def _table(result: dict[str, Any]) -> str:
         f"{trace['encoding_us_per_iteration']:,.0f} µs to encode per iteration, "
         f"{trace['filters']:,} filters",
     }
-    lines = [f"{name.ljust(11)}{text}" for name, text in rows.items()]
-    return "\n".join([*lines, "Other load on this machine disturbs these: see the quartiles."])
 
 
 def _spread(spread: dict[str, float], form: str) -> str:

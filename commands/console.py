@@ -7,10 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from commands.terminal import console, fitted, folded
 from pgt_diag.config import Preset, RunConfig, as_typed
 from pgt_diag.errors import ConfigurationError, DivergedError
 from pgt_diag.progress import Listener, Plan
@@ -19,6 +19,7 @@ from pgt_diag.run import load_run
 from pgt_diag.text import printable, quoted
 
 _LINE_SECONDS = 10.0
+_BAR = 12
 _FINAL = (ConfigurationError, DivergedError)
 """Errors after which a run cannot go on."""
 
@@ -29,7 +30,7 @@ class TrainingConsole(Listener):
     def __init__(self, *, json_output: bool, preset: Preset | None, quiet: bool = False) -> None:
         self._json = json_output
         self._preset = f", preset {preset}" if preset else ""
-        self._console = Console(stderr=json_output, highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = console(stderr=json_output)
         self._quiet = quiet
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -52,8 +53,8 @@ class TrainingConsole(Listener):
             return
         directory = quoted([self._plan.directory])
         self._print(
-            f"what was recorded is in {directory} (pgt-diag report {directory}); go on with: "
-            f"pgt-diag train --run-dir {directory} --resume"
+            f"what was recorded is in {directory} (pgt-diag report {directory}); go on with:",
+            f"pgt-diag train --run-dir {directory} --resume",
         )
 
     def show_plan(self, plan: Plan) -> None:
@@ -72,10 +73,11 @@ class TrainingConsole(Listener):
             f"seed {config.seed}, {plan.device}, amp {plan.amp}"
             + (f", {plan.processes} processes" if plan.processes > 1 else "")
         )
-        self._print(
-            f"run directory: {plan.directory} (at most {plan.disk_bytes / 1e6:,.0f} MB)"
-            + (f", going on from iteration {plan.done:,}" if plan.done else "")
-        )
+        self._print(f"run directory: {plan.directory} (at most {plan.disk_bytes / 1e6:,.0f} MB)")
+        if plan.resumed:
+            self._print(
+                f"going on from iteration {plan.done:,} of {plan.iterations:,}, {made_again(plan)}"
+            )
         for note in plan.notes:
             self._print(f"note: {as_typed(note)}")
         if self._json:
@@ -90,7 +92,8 @@ class TrainingConsole(Listener):
             return
         self._print(
             f"done: test accuracy {metrics['test_accuracy']:.2f} %, {metrics['dead_filters']} dead "
-            f"filters; next: pgt-diag report {quoted([path])}"
+            "filters; next:",
+            f"pgt-diag report {quoted([path])}",
         )
 
     def show_finished(self, path: Path) -> None:
@@ -98,7 +101,7 @@ class TrainingConsole(Listener):
         if self._json:
             self._print_json({"run_dir": str(path), "finished": True})
             return
-        self._print(f"already finished; next: pgt-diag report {quoted([path])}")
+        self._print("already finished; next:", f"pgt-diag report {quoted([path])}")
 
     def started(self, plan: Plan) -> None:
         """Show the plan, and on a terminal the bar."""
@@ -108,8 +111,8 @@ class TrainingConsole(Listener):
         if self._console.is_terminal and not self._json and not self._quiet:
             self._bar = Progress(
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-                BarColumn(bar_width=12),
-                TextColumn("{task.fields[numbers]}"),
+                BarColumn(bar_width=_BAR),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 console=self._console,
             )
             self._task = self._bar.add_task(
@@ -124,11 +127,14 @@ class TrainingConsole(Listener):
     def iterated(self, progress: TrainingProgress) -> None:
         """Move the bar, or print a line now and then."""
         if self._bar is not None:
+            assert self._plan is not None
+            epoch = f"epoch {progress.epoch + 1}/{self._plan.config.epochs}"
+            room = self._console.width - len(epoch) - _BAR - 2
             self._bar.update(
                 self._task,
                 completed=progress.iteration,
                 epoch=progress.epoch + 1,
-                numbers=_numbers(progress),
+                numbers=fitted(_numbers(progress), room, ("accuracy", "images/s", "loss")),
             )
         elif not self._json and time.monotonic() - self._last_line > _LINE_SECONDS:
             self._print(f"iteration {progress.iteration}: {_numbers(progress)}")
@@ -155,9 +161,11 @@ class TrainingConsole(Listener):
         if not self._quiet:
             print(json.dumps(values))
 
-    def _print(self, text: str) -> None:
+    def _print(self, text: str, command: str = "") -> None:
         self._last_line = time.monotonic()
-        self._console.print(escape(printable(text, 2000)))
+        if not self._quiet:
+            lines = folded(self._console.file, printable(text, 2000), printable(command, 2000))
+            self._console.print(escape(lines), soft_wrap=True)
 
 
 def _numbers(progress: TrainingProgress) -> str:
@@ -171,6 +179,19 @@ def _numbers(progress: TrainingProgress) -> str:
     left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
     rate = f"{progress.images_per_second:.0f} images/s"
     return f"{shown}{rate}, {left} left, {progress.dead_filters} dead"
+
+
+def made_again(plan: Plan) -> str:
+    """Return in which epoch a run goes on, and what of it is made again."""
+    epoch = f"epoch {min(plan.epoch + 1, plan.config.epochs)} of {plan.config.epochs}"
+    if plan.recorded is None:
+        return f"{epoch}; what was recorded since that checkpoint is made again"
+    again = plan.recorded - plan.done
+    if again <= 0:
+        return f"{epoch}; nothing is made again"
+    since = f"the {again:,} iterations" if again > 1 else "the iteration"
+    verb = "are" if again > 1 else "is"
+    return f"{epoch}; {since} recorded since that checkpoint {verb} made again"
 
 
 def _plain(plan: Plan) -> dict[str, Any]:

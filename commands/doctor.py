@@ -114,20 +114,14 @@ def check_report() -> "Finding":
 
 def check_browser() -> "Finding":
     """Check that `report --open` has something to open a page with."""
-    import webbrowser
-
+    from commands.browser import find_opener
     from pgt_diag.doctor import ok, warning
 
-    # A page is a file, and typer opens files with these and nothing else.
-    opener = {"darwin": "open", "win32": None}.get(sys.platform, "xdg-open")
+    opener = find_opener()
+    if opener.command:
+        return ok(opener.found)
     remedy = "copy report.html to a machine with a browser; only report --open needs one here"
-    if opener and not shutil.which(opener):
-        return warning(f"no {opener} to open a page with", remedy)
-    try:
-        browser = webbrowser.get()
-    except webbrowser.Error:
-        return warning("no browser to open a page with", remedy)
-    return ok(getattr(browser, "name", None) or type(browser).__name__)
+    return warning(opener.found, remedy)
 
 
 def _print(name: str, finding: "Finding") -> None:
@@ -145,7 +139,9 @@ def _print(name: str, finding: "Finding") -> None:
         word = typer.style(word, fg=_COLOURS[finding.status])
     if terminal:
         room = max(20, shutil.get_terminal_size().columns - _INDENT)
-        text = f"\n{' ' * _INDENT}".join(textwrap.wrap(text, room, break_on_hyphens=False))
+        # A path that is longer has to be copied whole.
+        lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+        text = f"\n{' ' * _INDENT}".join(lines)
     print(f"{word}{name.ljust(_INDENT - 9)}{text}", flush=True)
 
 

@@ -1,6 +1,5 @@
 """`pgt-diag report`: turn run directories into one HTML file, or into one table alone."""
 
-import sys
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -21,6 +20,7 @@ Examples:
   pgt-diag report runs/pgt --layers 0,5,layer4.1.conv2
   pgt-diag report runs/pgt --watch                rebuilt while the run goes on
   pgt-diag report runs --format latex -o -        Table 2 to standard output
+  pgt-diag report runs -o - | ssh host 'cat > report.html'
   pgt-diag report runs --table 1 --format csv     networks with batch normalisation
   pgt-diag report --demo --open                   a made-up report, without any run
 
@@ -38,6 +38,7 @@ class Format(StrEnum):
 
 
 _ENDINGS = {Format.HTML: ".html", Format.LATEX: ".tex", Format.CSV: ".csv", Format.JSON: ".json"}
+_FORMATS = {ending: chosen for chosen, ending in _ENDINGS.items()} | {".htm": Format.HTML}
 _STDOUT = Path("-")
 
 
@@ -133,9 +134,9 @@ def _check_together(
         raise ConfigurationError(f"--demo makes up a page of its own: leave {other} away")
     if not runs and not demo:
         raise ConfigurationError("RUNS is missing: name run directories, or use --demo")
-    if target == _STDOUT and (chosen is Format.HTML or watch):
-        other = "--watch" if watch else "a page; choose --format latex, csv or json"
-        raise ConfigurationError(f"--output -: standard output is not for {other}")
+    if target == _STDOUT and (open_page or watch):
+        other = "--watch" if watch else "--open"
+        raise ConfigurationError(f"--output -: {other} needs a file; name one, or leave it away")
     if number is not None and chosen is Format.HTML:
         raise ConfigurationError(
             "--table: a page has all tables; choose --format latex, csv or json"
@@ -145,10 +146,21 @@ def _check_together(
 
 
 def _format(given: Format | None, output: Path | None) -> Format:
-    if given is not None or output is None:
-        return given or Format.HTML
-    endings = {ending: chosen for chosen, ending in _ENDINGS.items()}
-    return endings.get(output.suffix.lower(), Format.HTML)
+    """Return what to write; ConfigurationError where --output ends in what it would not be."""
+    ending = "" if output is None else output.suffix.lower()
+    of_ending = _FORMATS.get(ending)
+    if given is not None:
+        if of_ending not in (None, given):
+            raise ConfigurationError(
+                f"--output {output} ends in {ending}, and --format is {given}: leave one away"
+            )
+        return given
+    if ending and of_ending is None:
+        raise ConfigurationError(
+            f"--output {output}: no {ending} file can be written; end the name in "
+            f"{', '.join(_ENDINGS.values())}, or choose a --format"
+        )
+    return of_ending or Format.HTML
 
 
 def _default_name(chosen: Format, number: int | None, runs: "list[Run]") -> str:
@@ -208,10 +220,11 @@ def _write(target: Path, text: str, said: str) -> None:
 
 
 def _open(target: Path) -> None:
+    from commands.browser import open_page
     from commands.terminal import say
 
-    if typer.launch(target.resolve().as_uri()):
-        say(f"no browser to open {target} with", stderr=True)
+    if reason := open_page(target):
+        say(f"not opened: {reason}; copy {target} to where there is a browser", stderr=True)
 
 
 def _plural(count: int, noun: str) -> str:
@@ -241,6 +254,8 @@ class _Watch:
         Runs that appear in a folder meanwhile join. Raises what the first build raises; a later
         one that fails is told, and tried again.
         """
+        from commands.terminal import say
+
         running = self._rebuild()
         if open_page:
             _open(self._target)
@@ -249,7 +264,7 @@ class _Watch:
             try:
                 running = self._rebuild()
             except PgtDiagError as error:
-                print(f"not rebuilt: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+                say(f"not rebuilt: {' '.join(str(error).split())}", stderr=True)
 
     def _rebuild(self) -> int:
         """Build if something is new; return how many runs still go on."""

@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from commands.columns import Column
     from reports.summary import RunSummary
     from reports.verdict import Verdict
 
@@ -71,84 +72,137 @@ def _print_verdict(screen: "Console", judged: "Verdict") -> None:
             f"({safe(claim.evidence, 1000)})"
         )
     for line in lines:
-        # Folded where somebody reads; whole lines for what reads lines.
-        screen.print(line, soft_wrap=not screen.is_terminal)
+        _print_lines(screen, line)
 
 
 def _print_layers(screen: "Console", summary: "RunSummary") -> None:
-    from commands.terminal import safe, table
-
-    made = table(screen, f"Deaths by layer: {safe(summary.label)}")
-    made.add_column("#", justify="right")
-    made.add_column("layer")
-    for name in ("filters", "dead", "share", "from the first batch", "revivals", "first death"):
-        made.add_column(name, justify="right")
-    rows = summary.by_layer.reset_index().astype(object)
-    for row in rows.where(rows.notna(), None).to_dict("records"):
-        made.add_row(*_layer_cells(row), style="" if row["dead"] else "dim")
-    screen.print()
-    screen.print(made)
-
-
-def _layer_cells(row: dict[Any, Any]) -> list[str]:
-    from commands.terminal import safe
+    from commands.columns import Column, fitting_table
+    from commands.terminal import safe, shortened
     from reports.text import share
 
-    return [
-        str(row["index"]),
-        safe(row["layer"]),
-        f"{row['filters']:,}",
-        f"{row['dead']:,}",
-        share(row["dead"], row["filters"]) if row["dead"] else "0",
-        f"{row['silent_from_start']:,}",
-        f"{row['revivals']:,}",
-        "–" if row["first_death"] is None else f"{row['first_death']:,}",
-    ]
+    by_layer = summary.by_layer.reset_index().astype(object)
+    rows = by_layer.where(by_layer.notna(), None).to_dict("records")
+    made, left_out = fitting_table(
+        screen,
+        f"Deaths by layer: {safe(summary.label)}",
+        [
+            Column("#", [str(row["index"]) for row in rows]),
+            Column("layer", [shortened(row["layer"]) for row in rows], right=False),
+            Column("filters", [f"{row['filters']:,}" for row in rows], rank=1),
+            Column("dead", [f"{row['dead']:,}" for row in rows]),
+            Column(
+                "share",
+                [share(row["dead"], row["filters"]) if row["dead"] else "0" for row in rows],
+                rank=3,
+            ),
+            Column(
+                "from the first batch", [f"{row['silent_from_start']:,}" for row in rows], rank=5
+            ),
+            Column("revivals", [f"{row['revivals']:,}" for row in rows], rank=4),
+            Column(
+                "first death",
+                ["–" if row["first_death"] is None else f"{row['first_death']:,}" for row in rows],
+                rank=2,
+            ),
+        ],
+        styles=["" if row["dead"] else "dim" for row in rows],
+    )
+    screen.print()
+    screen.print(made)
+    _say_left_out(screen, left_out)
+
+
+def _say_left_out(screen: "Console", names: list[str]) -> None:
+    if names:
+        _print_lines(
+            screen, f"[dim]Left out for want of room: {', '.join(dict.fromkeys(names))}[/]"
+        )
+
+
+def _print_lines(screen: "Console", line: str) -> None:
+    """Print markup: folded between words where somebody reads, whole for what reads lines."""
+    from rich.text import Text
+
+    from commands.terminal import between_words
+
+    text = Text.from_markup(line)
+    if screen.is_terminal:
+        # Of the same length, so that what is bold stays so.
+        text.plain = between_words(text.plain, screen.width)
+    screen.print(text, soft_wrap=True)
 
 
 def _print_table(screen: "Console", shown: dict[str, Any]) -> None:
-    from commands.terminal import safe, table
+    from commands.columns import fitting_table
 
-    made = table(screen, f"{shown['name']}: {shown['title']}")
-    for head in shown["heads"]:
-        made.add_column(head["name"], justify="right" if head["numeric"] else "left")
-    # Of the paper's, those of test images: a terminal is narrow.
+    # Of the paper's values, those of test images: a terminal is narrow.
     first = shown["paper_values"].index("test %")
-    papers = [f"paper: {shown['paper_values'][first]}", *shown["paper_values"][first + 1 :]]
-    for name in ("runs", *shown["values"], "dead", *papers):
-        made.add_column(name.replace("difference", "diff."), justify="right")
-    made.add_column("note")
+    rows, notes, ends = [], [], []
     settings: dict[str, str] = {}
     letter = ""
     for group in shown["groups"]:
         if not group["rows"][0]["missing"]:
             letter = settings.setdefault(group["told"], f"({len(settings) + 1})")
-        rows = [row for row in group["rows"] if not row["missing"]]
-        for place, row in enumerate(rows):
-            note = " ".join(filter(None, (letter, row["note"])))
-            made.add_row(
-                *_table_cells(row, first), safe(note, 160), end_section=place == len(rows) - 1
-            )
+        ours = [row for row in group["rows"] if not row["missing"]]
+        rows += ours
+        notes += [" ".join(filter(None, (letter, row["note"]))) for row in ours]
+        ends.append(len(rows) - 1)
+    columns = _table_columns(shown, rows, notes, first)
+    title = f"{shown['name']}: {shown['title']}"
+    made, left_out = fitting_table(screen, title, columns, ends=ends)
     screen.print()
     screen.print(made)
+    _say_left_out(screen, left_out)
+    _print_settings(screen, shown["note"], settings)
+
+
+def _print_settings(screen: "Console", note: str, settings: dict[str, str]) -> None:
+    from commands.terminal import safe
+
     for setting, letter in settings.items():
-        screen.print(f"{letter} {safe(setting, 300)}", soft_wrap=not screen.is_terminal)
-    screen.print(
-        f"{shown['note']} ★ best accuracy, ▲ largest gain; differences are to the baseline of the "
-        "same setting, batch size and seed, ± half their 95 % interval.",
-        style="dim" if screen.is_terminal else "",
-        soft_wrap=not screen.is_terminal,
+        _print_lines(screen, f"{letter} {safe(setting, 300)}")
+    legend = (
+        f"{safe(note, 2000)} ★ best accuracy, ▲ largest gain; differences are to the baseline of "
+        "the same setting, batch size and seed, ± half their 95 % interval."
     )
+    _print_lines(screen, f"[dim]{legend}[/]" if screen.is_terminal else legend)
 
 
-def _table_cells(row: dict[str, Any], first_of_paper: int) -> list[str]:
+def _table_columns(
+    shown: dict[str, Any], rows: list[dict[str, Any]], notes: list[str], first_of_paper: int
+) -> "list[Column]":
+    """Return a paper's table as columns: what leaves first is the paper's own, then training's."""
+    from commands.columns import Column
     from commands.terminal import safe
 
     marks = {"train": ("★", "red"), "test": ("★", "blue"), "": ("▲", "yellow")}
-    cells = [*(safe(head) for head in row["heads"]), str(row["runs"])]
-    cells += [_marked(cell, *marks.get(cell["part"], ("", ""))) for cell in row["cells"]]
-    papers = row["paper"][first_of_paper:]
-    return [*cells, str(row["dead"]), *(_marked(cell, "★", "") for cell in papers)]
+    made = [
+        Column(head["name"], [safe(row["heads"][place]) for row in rows], right=head["numeric"])
+        for place, head in enumerate(shown["heads"])
+    ]
+    made.append(Column("runs", [str(row["runs"]) for row in rows], rank=3))
+    of_test = shown["values"].index("test %")
+    for place, name in enumerate(shown["values"]):
+        cells = [
+            _marked(cell, *marks.get(cell["part"], ("", "")))
+            for cell in (row["cells"][place] for row in rows)
+        ]
+        rank = _rank(name) if place >= of_test else 4 + place
+        made.append(Column(name.replace("difference", "diff."), cells, rank=rank))
+    made.append(Column("dead", [str(row["dead"]) for row in rows], rank=2))
+    for place, name in enumerate(shown["paper_values"]):
+        if place >= first_of_paper:
+            cells = [_marked(row["paper"][place], "★", "") for row in rows]
+            told = f"paper: {name}" if place == first_of_paper else name
+            rank = 6 + place - first_of_paper
+            made.append(Column(told.replace("difference", "diff."), cells, rank=rank))
+    made.append(Column("note", [safe(note, 160) for note in notes], right=False, folds=True))
+    return made
+
+
+def _rank(value: str) -> int:
+    """Return when one of a table's values of test images leaves; the accuracy never does."""
+    return {"test %": 0, "difference": 1}.get(value, 4)
 
 
 def _marked(cell: dict[str, Any], mark: str, colour: str) -> str:

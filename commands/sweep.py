@@ -203,6 +203,9 @@ def sweep(
     if dry_run:
         print_plan(grid, folder, nproc, retry_failed=retry_failed, json_output=json_output)
         return
+    from pgt_diag.sweep.status import write_plan
+
+    write_plan(grid.rows, folder)
     if engine is Engine.SLURM:
         _write_job_arrays(
             grid, folder, nproc, cpus_per_run, gpus_per_run,
@@ -243,7 +246,7 @@ def sweep(
                     stop=stop,
                 )
     except KeyboardInterrupt:
-        say(f"stopped; the same command goes on: {again}", stderr=True)
+        say("stopped; the same command goes on:", again, stderr=True)
         raise
     if print_result(results, folder, json_output=json_output):
         raise typer.Exit(1)
@@ -322,7 +325,8 @@ def _write_job_arrays(
         submit = " && ".join(f"sbatch --time=24:00:00 {quoted([s])}" for s in scripts)
         say(
             f"{folder}: {len(rows)} of {len(grid.rows)} runs; learning rate {grid.rule}; "
-            f"submit with: {submit}"
+            "submit with:",
+            submit,
         )
 
 

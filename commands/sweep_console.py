@@ -9,9 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from commands.terminal import console, duration, safe, say, table
+from commands.columns import Column, fitting_table
+from commands.console import made_again
+from commands.terminal import console, duration, fitted, folded, say, shortened
 from pgt_diag.config import as_typed
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.progress import Listener, Plan
@@ -19,9 +22,11 @@ from pgt_diag.progress import Progress as TrainingProgress
 from pgt_diag.sweep.grid import Grid, Row
 from pgt_diag.sweep.making import SweepListener, is_to_do
 from pgt_diag.sweep.status import RowStatus, State, status_of
-from pgt_diag.text import quoted
+from pgt_diag.text import printable, quoted
 
 _LINE_SECONDS = 10.0
+_BAR, _BARS_FROM, _NAME = 12, 80, 30
+"""Columns of a bar, of a terminal that has room for bars, and of a run's name at least."""
 
 
 def print_plan(
@@ -105,7 +110,8 @@ def print_result(results: Sequence[RowStatus], folder: Path, *, json_output: boo
     retry = "; --retry-failed makes them again" if failed else ""
     say(
         f"{len(results) - len(failed)} of {_runs(len(results))} finished, {len(failed)} failed"
-        f"{retry}; next: pgt-diag report {quoted([folder])}"
+        f"{retry}; next:",
+        f"pgt-diag report {quoted([folder])}",
     )
     return bool(failed)
 
@@ -129,10 +135,11 @@ class SweepConsole(SweepListener):
         if not self._silent:
             say(f"{_runs(len(self._grid.rows))} in {self._folder}; learning rate {self._grid.rule}")
         if self._screen.is_terminal and not self._silent:
+            wide = self._screen.width >= _BARS_FROM
             self._bars = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=12),
-                TextColumn("{task.fields[numbers]}"),
+                *([BarColumn(bar_width=_BAR)] if wide else []),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 console=self._screen,
             )
             rows = len(self._grid.rows)
@@ -183,12 +190,20 @@ class SweepConsole(SweepListener):
         """Show where a row's run stands, in a line only now and then."""
         if self._bars is not None:
             if row not in self._tasks:
-                name = safe(row.name)
+                name = shortened(row.name, max(_NAME, self._screen.width // 3))
                 self._tasks[row] = self._bars.add_task(name, total=planned, numbers="")
+            numbers = fitted(numbers, self._room(), ("images/s", "loss", "dead"))
             self._bars.update(self._tasks[row], completed=done, total=planned, numbers=numbers)
             self._move()
         elif at_once or time.monotonic() - self._line > _LINE_SECONDS:
             self._say(f"{row.name}: {numbers}{self._summary()}")
+
+    def _room(self) -> int:
+        """Return how many columns of the terminal are left for a run's numbers."""
+        width = self._screen.width
+        assert self._bars is not None
+        names = max(len(task.description) for task in self._bars.tasks)
+        return width - names - 1 - (_BAR + 1 if width >= _BARS_FROM else 0)
 
     def remember(self, status: RowStatus) -> None:
         """Learn how a row stands."""
@@ -234,7 +249,8 @@ class SweepConsole(SweepListener):
     def _say(self, text: str) -> None:
         self._line = time.monotonic()
         if not self._silent:
-            self._screen.print(safe(text, 2000), soft_wrap=True)
+            lines = folded(self._screen.file, printable(text, 2000))
+            self._screen.print(escape(lines), soft_wrap=True)
 
 
 class _RowListener(Listener):
@@ -249,7 +265,9 @@ class _RowListener(Listener):
     def started(self, plan: Plan) -> None:
         """Say that the run begins, or goes on."""
         self._plan = plan
-        self._show(plan.done, "goes on" if plan.done else "starts", at_once=True)
+        self._show(
+            plan.done, f"goes on in {made_again(plan)}" if plan.resumed else "starts", at_once=True
+        )
         for note in plan.notes:
             say(f"note: {self._row.name}: {note}", stderr=True)
 
@@ -288,23 +306,26 @@ def _runs(count: int) -> str:
 
 def _print_rows(statuses: Sequence[RowStatus], estimates: dict[Row, Any]) -> None:
     screen = console()
-    made = table(screen)
-    for name in ("run", "method", "α", "batch", "lr", "seed", "state", "time", "from"):
-        made.add_column(name, justify="left" if name in {"run", "state", "from"} else "right")
-    for each in statuses:
-        config, what = each.row.config, estimates.get(each.row)
-        state = str(each.state)
-        if each.planned and each.state in (State.INTERRUPTED, State.RUNNING):
-            state += f" at {each.done:,} of {each.planned:,}"
-        made.add_row(
-            safe(each.row.name, 80),
-            str(config.method),
-            f"{config.alpha:g}" if config.method.uses_pgt else "–",
-            str(config.batch_size),
-            f"{config.peak_lr:g}",
-            str(config.seed),
-            state,
-            duration(what.seconds) if what and what.seconds else "–",
-            what.source if what and what.seconds else "",
-        )
-    screen.print(made)
+    configs = [each.row.config for each in statuses]
+    found = [estimates.get(each.row) for each in statuses]
+    alphas = [f"{each.alpha:g}" if each.method.uses_pgt else "–" for each in configs]
+    times = [duration(what.seconds) if what and what.seconds else "–" for what in found]
+    sources = [what.source if what and what.seconds else "" for what in found]
+    columns = [
+        Column("run", [shortened(each.row.name, 80) for each in statuses], right=False),
+        Column("method", [str(each.method) for each in configs], rank=7),
+        Column("α", alphas, rank=6),
+        Column("batch", [str(each.batch_size) for each in configs], rank=5),
+        Column("lr", [f"{each.peak_lr:g}" for each in configs], rank=3),
+        Column("seed", [str(each.seed) for each in configs], rank=4),
+        Column("state", list(map(_state, statuses)), right=False, folds=True),
+        Column("time", times, rank=1),
+        Column("from", sources, right=False, rank=2),
+    ]
+    screen.print(fitting_table(screen, None, columns)[0])
+
+
+def _state(status: RowStatus) -> str:
+    if status.planned and status.state in (State.INTERRUPTED, State.RUNNING):
+        return f"{status.state} at {status.done:,} of {status.planned:,}"
+    return str(status.state)

@@ -286,6 +286,10 @@ def train(
         raise typer.Exit(launch(processes, arguments, _tell))
     # A job scheduler's signal ends the run as Ctrl-C does: with a checkpoint, and code 130.
     stop = StopRequest()
+    if resume is not None and not dry_run and place().rank == 0:
+        from pgt_diag.directory import claimed
+
+        ctx.with_resource(claimed(directory))
     # Late, so that a mistyped option is answered before torch is loaded.
     with _imports():
         from pgt_diag import training
@@ -398,7 +402,9 @@ def _run_there(directory: Path) -> tuple[int, int] | None:
 
 
 def _tell(line: str) -> None:
-    print(f"pgt-diag: {as_typed(line)}", file=sys.stderr)
+    from commands.terminal import say
+
+    say(f"pgt-diag: {as_typed(line)}", stderr=True)
 
 
 @contextmanager

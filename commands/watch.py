@@ -1,4 +1,4 @@
-"""`pgt-diag watch`: follow a run that goes on, layer by layer."""
+"""`pgt-diag watch`: follow a run that goes on, layer by layer, or a sweep, run by run."""
 
 import time
 from collections.abc import Iterator
@@ -7,144 +7,84 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from pgt_diag.config import as_typed
+from commands.streams import reader_is_gone
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group
-    from rich.table import Table
+    from rich.console import Console
 
-    from reports.follow import Follower, Snapshot
+    from commands.watch_frames import View
 
 EPILOG = """\b
 Examples:
   pgt-diag watch runs/pgt                   until the run ends, or Ctrl-C
+  pgt-diag watch sweeps/table2-smoke        every run of a sweep, or of a folder
   pgt-diag watch runs/pgt --interval 30 >> watch.log
   pgt-diag watch runs/pgt --once            how it stands now
 
-Ends with 0 when the run has finished, 1 when it diverged, failed or was interrupted.
+Ends with 0 when the run, or every run of a sweep, has finished; 1 when one diverged, failed, was
+interrupted, or was never made.
 """
-
-_FRAME_LINES = 8
 
 
 def watch(
-    run: Path = typer.Argument(help="Run directory."),
+    run: Path = typer.Argument(help="Run directory, or a folder of runs, such as a sweep's."),
     interval: float = typer.Option(2.0, min=0.1, help="Seconds between two looks."),
     once: bool = typer.Option(False, "--once", help="Look once, print, and end."),
 ) -> None:
-    """Follow a running run: dead filters of every layer, rate, time left."""
+    """Follow a running run or sweep: dead filters, rate, time left."""
     # Late, so that a mistyped option is answered before pandas is loaded.
     from commands import terminal
-    from reports.follow import Follower
+    from commands.watch_frames import RunView
+    from commands.watch_sweep import SweepView
+    from reports.follow_sweep import is_folder_of_runs
 
     screen = terminal.console()
-    looks = _looks(Follower(run), interval, once)
-    last = _live(screen, looks) if screen.is_terminal and not once else _lines(screen, looks)
-    if not last.running:
-        terminal.say(_ending(last, run))
-        if last.status != "finished":
+    view: View = SweepView(run) if is_folder_of_runs(run) else RunView(run)
+    looks = _looks(view, interval, once)
+    try:
+        if screen.is_terminal and not screen.is_dumb_terminal:
+            _live(screen, view, looks, once)
+        else:
+            _lines(screen, view, looks)
+    except KeyboardInterrupt:
+        terminal.say("stopped watching; what is running goes on", stderr=True)
+        raise
+    if not view.running:
+        terminal.say(*view.ending())
+        if not view.finished:
             raise typer.Exit(1)
 
 
-def _looks(follower: "Follower", interval: float, once: bool) -> "Iterator[Snapshot]":
-    """Yield the run as it stands, every so often, until it has ended."""
+def _looks(view: "View", interval: float, once: bool) -> Iterator[None]:
+    """Look every so often, until what is looked at has ended."""
     while True:
-        snapshot = follower.look(time.time())
-        yield snapshot
-        if once or not snapshot.running:
+        view.look(time.time())
+        yield
+        if once or not view.running or reader_is_gone():
             return
         time.sleep(interval)
 
 
-def _live(screen: "Console", looks: "Iterator[Snapshot]") -> "Snapshot":
+def _live(screen: "Console", view: "View", looks: Iterator[None], once: bool) -> None:
+    """Show it on a screen of its own while it goes on, and then leave it behind as it stood."""
     from rich.live import Live
 
-    with Live(console=screen, auto_refresh=False) as live:
-        for snapshot in looks:
-            live.update(_frame(screen, snapshot), refresh=True)
-    return snapshot
+    next(looks)
+    try:
+        if view.running and not once:
+            with Live(console=screen, auto_refresh=False, screen=True) as live:
+                live.update(view.frame(screen), refresh=True)
+                for _ in looks:
+                    live.update(view.frame(screen), refresh=True)
+    finally:
+        screen.print(view.frame(screen))
 
 
-def _lines(screen: "Console", looks: "Iterator[Snapshot]") -> "Snapshot":
-    """Print a line whenever something is new, and the layers at the end."""
+def _lines(screen: "Console", view: "View", looks: Iterator[None]) -> None:
+    """Print a line whenever something is new, and the table at the end."""
     said = None
-    for snapshot in looks:
-        news = (snapshot.iterations, snapshot.status, snapshot.stalled)
-        if news != said:
-            screen.print(_progress(snapshot), soft_wrap=True)
-        said = news
-    screen.print(_layer_table(screen, snapshot, len(snapshot.layers)))
-    return snapshot
-
-
-def _frame(screen: "Console", snapshot: "Snapshot") -> "Group":
-    """Return what the terminal shows: a bar, numbers, and as many layers as fit."""
-    from rich.console import Group, RenderableType
-    from rich.progress_bar import ProgressBar
-    from rich.text import Text
-
-    from commands.terminal import safe
-
-    head: list[RenderableType] = [
-        Text.from_markup(f"[bold]{safe(snapshot.name)}[/] {safe(snapshot.status)}")
-    ]
-    if snapshot.planned:
-        head.append(ProgressBar(snapshot.planned, snapshot.iterations, width=60))
-    room = max(3, screen.height - _FRAME_LINES)
-    numbers = Text.from_markup(_progress(snapshot))
-    return Group(*head, numbers, Text(), _layer_table(screen, snapshot, room))
-
-
-def _progress(snapshot: "Snapshot") -> str:
-    """Return the numbers on one line, as markup."""
-    from commands.terminal import duration
-
-    planned = snapshot.planned
-    done = f"iteration {snapshot.iterations:,}"
-    if planned:
-        done += f" of {planned:,} ({100 * snapshot.iterations / planned:.1f} %)"
-    parts = [done]
-    if snapshot.loss is not None:
-        parts.append(f"loss {snapshot.loss:.4f}")
-    if snapshot.stalled:
-        parts.append(f"[bold yellow]no new data since {snapshot.silent_for:,.0f} s[/]")
-    elif snapshot.running and snapshot.iterations_per_second:
-        rate = f"{snapshot.iterations_per_second:.3g} iterations/s"
-        if snapshot.images_per_second:
-            rate += f", {snapshot.images_per_second:,.0f} images/s"
-        parts.append(rate)
-        if snapshot.seconds_left is not None:
-            parts.append(f"{duration(snapshot.seconds_left)} left")
-    return " · ".join([*parts, f"{snapshot.dead:,} of {snapshot.filters:,} filters dead"])
-
-
-def _layer_table(screen: "Console", snapshot: "Snapshot", room: int) -> "Table":
-    """Return the layers as rows; where not all fit, those with the most dead filters."""
-    from commands.terminal import safe, sparkline, table
-
-    made = table(screen)
-    made.add_column("#", justify="right")
-    made.add_column("layer")
-    made.add_column("dead", justify="right")
-    made.add_column("over time", no_wrap=True)
-    layers = snapshot.layers
-    hidden = max(0, len(layers) - room)
-    most = sorted(layers, key=lambda layer: layer.dead, reverse=True)[: len(layers) - hidden]
-    for layer in sorted(most, key=lambda layer: layer.index):
-        dead = f"{layer.dead:,} / {layer.filters:,}"
-        bars = sparkline(layer.history, max(layer.history, default=0))
-        made.add_row(str(layer.index), safe(layer.name), dead, bars)
-    if hidden:
-        made.add_row("", f"and {hidden} more layers", "", "")
-    return made
-
-
-def _ending(snapshot: "Snapshot", run: Path) -> str:
-    """Return the last line: how the run ended, and what to do next."""
-    from pgt_diag.text import quoted
-
-    reason = f": {as_typed(snapshot.message)}" if snapshot.message else ""
-    return (
-        f"{snapshot.status}{reason} after {snapshot.iterations:,} iterations, {snapshot.dead:,} of "
-        f"{snapshot.filters:,} filters dead; next: pgt-diag report {quoted([run])}"
-    )
+    for _ in looks:
+        if view.news() != said:
+            screen.print(view.line(), soft_wrap=True)
+        said = view.news()
+    screen.print(view.table(screen, None))

@@ -1,5 +1,6 @@
 """The run directory, as a recorder creates and writes it, but for the trace."""
 
+import contextlib
 import csv
 import fcntl
 import hashlib
@@ -9,6 +10,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -47,6 +49,37 @@ _LOCK_ATTEMPTS = 10
 def now() -> str:
     """Return the time, in UTC, as ISO text."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_claims: dict[Path, int] = {}
+"""Locks taken by `claimed`, to be taken over by the directory's writer in this process."""
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Lock a run that this process is about to go on with, where that can be done.
+
+    To load torch and the data takes many seconds, in which readers would take the run for dead.
+    """
+    path = path.resolve()
+    with contextlib.suppress(OSError):
+        lock = os.open(path / LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # somebody else writes it, which is told later
+            os.close(lock)
+        else:
+            _claims[path] = lock
+    try:
+        yield
+    finally:
+        if (claim := _claims.pop(path, None)) is not None:
+            os.close(claim)
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether this process has claimed a run that it does not yet write."""
+    return path.resolve() in _claims
 
 
 class RunDirectory:
@@ -170,6 +203,9 @@ class RunDirectory:
 
     def lock(self) -> None:
         """Keep other writers out until `finish`, or until this process ends."""
+        if (claim := _claims.pop(self.path, None)) is not None:
+            self._lock = claim
+            return
         flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         self._lock = os.open(self.path / LOCK_FILE, flags, 0o644)
         taken = False

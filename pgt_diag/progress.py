@@ -31,6 +31,13 @@ class Plan:
     iterations: int
     done: int
     """Iterations made before, by the run that this one goes on with."""
+    resumed: bool
+    """Whether it goes on with a run, be it from its start."""
+    epoch: int
+    """The epoch, counted from 0, that it begins in."""
+    recorded: int | None
+    """Iterations that the run it goes on with has on disk, of which those from `done` on are made
+    again; None if unknown."""
     disk_bytes: int
     """About how much the run will write, at most."""
     notes: tuple[str, ...]

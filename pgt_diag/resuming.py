@@ -9,6 +9,7 @@ from typing import Any
 
 from pgt_diag import checkpoint, storage, trace
 from pgt_diag.config import RunConfig
+from pgt_diag.directory import is_claimed
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.reading import (
     check_columns,
@@ -35,6 +36,8 @@ class ResumePoint:
     state: Mapping[str, Any] | None
     finished: bool
     damaged: tuple[str, ...]
+    recorded: int | None = None
+    """Iterations on disk, of which those after the checkpoint are made again; None if unknown."""
 
 
 def resume_point(directory: Path) -> ResumePoint:
@@ -43,15 +46,16 @@ def resume_point(directory: Path) -> ResumePoint:
     Raises RunDirectoryError when there is no run, another process writes it, it diverged, or
     nothing intact is left to go on from.
     """
-    if is_locked(directory):
+    if is_locked(directory) and not is_claimed(directory):
         raise RunDirectoryError(f"{directory}: is being written by another run")
     damaged: list[str] = []
     stored: RunConfig | None = None
     status, iterations = "interrupted", 0
+    recorded: int | None = None
     try:
         run = load_run(directory)
         stored, status = run.config, run.status
-        iterations = run.iteration_count
+        iterations = recorded = run.iteration_count
     except RunDirectoryError as error:
         if not checkpoint.found_in(directory):
             raise
@@ -79,9 +83,11 @@ def resume_point(directory: Path) -> ResumePoint:
         except RunDirectoryError as error:
             damaged.append(str(error))
         else:
-            return ResumePoint(config, path, state, finished=False, damaged=tuple(damaged))
+            return ResumePoint(
+                config, path, state, finished=False, damaged=tuple(damaged), recorded=recorded
+            )
     if stored is not None and not damaged and iterations == 0:
-        return ResumePoint(stored, None, None, finished=False, damaged=())
+        return ResumePoint(stored, None, None, finished=False, damaged=(), recorded=0)
     what = (
         "; ".join(damaged) or f"{iterations:,} iterations are recorded, and no checkpoint is left"
     )

@@ -68,9 +68,13 @@ class Run:
         self.path = path
         self.name = path.resolve().name
         self.info = read_info(path)
-        if self.info.get("status") == "running" and not is_locked(path):
+        status = self.info.get("status")
+        if status == "running" and not is_locked(path):
             message = "the process that recorded it was killed"
             self.info |= {"status": "interrupted", "message": message}
+        elif status in ("interrupted", "failed") and is_locked(path):
+            # A process goes on with it, and is still reading its data.
+            self.info |= {"status": "running", "message": None}
         self.layers = read_layers(path, self.info.get("layers", []))
         self._by_name = {layer.name: layer for layer in self.layers}
 

@@ -288,9 +288,15 @@ class _Session:
         return model
 
     def check_space(self, *, new: bool) -> None:
-        """Raise NoSpaceError unless the disk has room for what the run will write."""
+        """Raise RunDirectoryError unless the disk can be written, and has room for the run."""
         needed = self.disk_bytes() if new else self._checkpoint_bytes()
         place = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not os.access(place, os.W_OK | os.X_OK):
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            why = "its disk is read-only" if read_only else f"no permission to write in {place}"
+            raise RunDirectoryError(
+                f"{self.directory}: cannot be written: {why}; name another directory"
+            )
         free = shutil.disk_usage(place).free
         if needed > free:
             raise NoSpaceError(
@@ -511,7 +517,7 @@ class _Session:
             listener.replaced_images(list(self.bad_images))
 
     def plan(self, resume: ResumePoint | None) -> Plan:
-        done = 0
+        done = epoch = 0
         notes = self.data.notes
         if self.world.size > 1 and self.config.norm is Norm.BATCH:
             notes += ("batch norm takes its statistics from each process's share of a batch",)
@@ -519,6 +525,7 @@ class _Session:
             notes += tuple(f"not used: {problem}" for problem in resume.damaged)
             if resume.state is not None:
                 done = int(resume.state["recorder"]["steps"])
+                epoch = int(resume.state["position"]["epoch"])
                 notes += self._differences(resume.state)
         return Plan(
             directory=self.directory,
@@ -535,6 +542,9 @@ class _Session:
             amp=self.amp,
             iterations=self.iterations,
             done=done,
+            resumed=resume is not None,
+            epoch=epoch,
+            recorded=resume.recorded if resume is not None else None,
             disk_bytes=self.disk_bytes(),
             notes=notes,
         )

@@ -44,8 +44,11 @@ class Snapshot:
     message: str | None
     iterations: int
     planned: int | None
+    batch_size: int | None
     loss: float | None
     accuracy: float | None
+    test_accuracy: float | None
+    """Of the best epoch so far, in percent."""
     iterations_per_second: float | None
     images_per_second: float | None
     seconds_left: float | None
@@ -97,8 +100,10 @@ class Follower:
             message=None if message is None else str(message),
             iterations=iterations,
             planned=planned,
+            batch_size=run.config.batch_size if run.config else None,
             loss=_known(run.latest.get("loss")),
             accuracy=_known(run.latest.get("accuracy")),
+            test_accuracy=_test_accuracy(run),
             iterations_per_second=rate,
             images_per_second=rate * run.config.batch_size if rate and run.config else None,
             seconds_left=max(0.0, left) if left is not None else None,
@@ -125,6 +130,11 @@ def last_write(path: Path) -> float:
     folders = (path / trace.ITERATIONS_FOLDER, path / trace.NORMS_FOLDER)
     places = (path / RUN_FILE, path / METRICS_FILE, *folders)
     return max((place.stat().st_mtime for place in places if place.exists()), default=0.0)
+
+
+def _test_accuracy(run: Run) -> float | None:
+    metrics = run.metrics
+    return _known(float(metrics["test_accuracy"].max())) if "test_accuracy" in metrics else None
 
 
 def _known(value: float | None) -> float | None:

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import warnings
-import webbrowser
 from collections import namedtuple
 from pathlib import Path
 
@@ -473,14 +472,23 @@ def test_a_plotly_of_another_major_version(monkeypatch):
     assert "pip install" in finding.remedy
 
 
-def test_no_browser_is_only_a_warning(monkeypatch):
-    def none():
-        raise webbrowser.Error
-
-    monkeypatch.setattr(command.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(webbrowser, "get", none)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system opens pages itself")
+def test_a_browser_is_what_could_show_a_page_here(tmp_path, monkeypatch):
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert command.check_browser().status is Status.WARNING
-    monkeypatch.setattr(webbrowser, "get", lambda: webbrowser.GenericBrowser("fox"))
-    assert command.check_browser() == doctor.ok("fox")
-    monkeypatch.setattr(command.shutil, "which", lambda name: None)
-    assert "xdg-open" in command.check_browser().found or sys.platform != "linux"
+    assert command.check_browser().found == "no browser, and there is no display to show a page on"
+    browser = tmp_path / "chromium"
+    browser.touch(mode=0o755)
+    found = command.check_browser()
+    assert found.status is Status.WARNING
+    assert found.found == "chromium is installed, but there is no display to show a page on"
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert command.check_browser() == doctor.ok("chromium")
+    browser.rename(tmp_path / "xdg-open")
+    assert command.check_browser() == doctor.ok("xdg-open")
+    # What a remote editor sets opens pages on another machine, with no display here.
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.setenv("BROWSER", str(tmp_path / "xdg-open"))
+    assert command.check_browser().status is Status.OK

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
 
 from commands.app import main
+from pgt_diag.directory import claimed
 from pgt_diag.errors import NoSpaceError
+from pgt_diag.resuming import ResumePoint
 from pgt_diag.run import load_run
 from reports.demo import demo_runs
 from reports.output import write_output
@@ -64,6 +65,21 @@ def test_table_2_alone(name, folder, capsys):
         assert [row["method"] for row in json.loads(text) if row["runs"]] == ["baseline", "pgt"]
     else:
         assert "PGT & 0.25" in text if name == "latex" else ",pgt,0.25,,1," in text
+
+
+@pytest.mark.parametrize("name", ["r", "r.html", "r.HTM", "r.xhtml"])
+def test_what_is_written_is_what_the_name_says(name, folder):
+    options = ["--format=html"] if name == "r.xhtml" else []
+    assert main(["report", "runs/pgt", "-o", name, *options]) == 0
+    assert (folder / name).read_text().startswith("<!doctype html>")
+
+
+def test_a_page_goes_to_standard_output(folder, capsysbinary):
+    assert main(["report", "runs/pgt", "-o", "page.html"]) == 0
+    capsysbinary.readouterr()
+    assert main(["report", "runs/pgt", "-o", "-"]) == 0
+    told = capsysbinary.readouterr()
+    assert told.out == (folder / "page.html").read_bytes() and told.err == b""
 
 
 def test_another_table_is_asked_for_by_its_number(folder, capsys):
@@ -132,10 +148,22 @@ MISTAKES = {
     "demo of runs": (["report", "runs", "--demo"], "leave RUNS away"),
     "demo that goes on": (["report", "--demo", "--watch"], "leave --watch away"),
     "demo as a table": (["report", "--demo", "--format=csv"], "leave --format csv away"),
-    "a page to standard output": (["report", "runs", "-o", "-"], "standard output"),
+    "opening standard output": (["report", "runs", "-o", "-", "--open"], "--open needs a file"),
     "watching to standard output": (
         ["report", "runs", "--format=csv", "-o", "-", "--watch"],
-        "standard output",
+        "--watch needs a file",
+    ),
+    "an ending that is no format's": (
+        ["report", "runs", "-o", "r.pdf"],
+        ".html, .tex, .csv, .json",
+    ),
+    "a format and another's ending": (
+        ["report", "runs", "--format=csv", "-o", "r.json"],
+        "leave one",
+    ),
+    "a page with a table's ending": (
+        ["report", "runs", "--format=html", "-o", "r.csv"],
+        "leave one",
     ),
     "opening a table": (["report", "runs", "--format=csv", "--open"], "leave one away"),
     "unknown format": (["report", "runs", "--format=pdf"], "latex"),
@@ -166,13 +194,35 @@ def test_demo_needs_no_runs_and_says_what_it_is(tmp_path, monkeypatch, capsys):
     assert main(["report", "--demo", "--title=Mine"]) == 0
 
 
-def test_open_shows_the_page_in_the_browser(folder, monkeypatch, capsys):
-    opened = []
-    monkeypatch.setattr(typer, "launch", lambda url: opened.append(url) or len(opened) - 1)
-    for _ in range(2):
-        assert main(["report", "runs/pgt", "-o", "a page.html", "--open"]) == 0
-    assert opened == [(folder / "a page.html").as_uri()] * 2
-    assert only_line(capsys.readouterr().err) == "no browser to open a page.html with"
+def program(folder, name, text):
+    path = folder / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_open_shows_the_page_in_the_browser(folder, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    monkeypatch.setenv("DISPLAY", ":7")
+    monkeypatch.delenv("BROWSER", raising=False)
+    program(folder, "xdg-open", f'echo "$1" > {folder}/opened')
+    assert main(["report", "runs/pgt", "-o", "a page.html", "--open"]) == 0
+    assert (folder / "opened").read_text().strip() == (folder / "a page.html").as_uri()
+    assert capfd.readouterr().err == ""
+
+
+def test_what_cannot_be_opened_is_told_in_one_line(folder, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    monkeypatch.setenv("DISPLAY", ":7")
+    monkeypatch.delenv("BROWSER", raising=False)
+    program(folder, "xdg-open", "for n in 1 2 3 4 5 6 7; do echo not found >&2; done; exit 3")
+    assert main(["report", "runs/pgt", "--open"]) == 0
+    told = only_line(capfd.readouterr().err)
+    assert "exit code 3" in told and told.endswith("copy report.html to where there is a browser")
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert main(["report", "runs/pgt", "--open"]) == 0
+    assert "no display" in only_line(capfd.readouterr().err)
 
 
 def sleeps(monkeypatch, *actions):
@@ -219,3 +269,32 @@ def test_watch_ends_with_control_c_and_says_when_a_run_is_silent(folder, monkeyp
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("table2.csv (")
     assert "no new data since 1,00" in second and second.endswith("still waiting, Ctrl-C ends")
+
+
+def test_a_killed_run_that_is_being_resumed_goes_on_for_its_readers(folder, monkeypatch, capsys):
+    run = folder / "runs" / "baseline"
+    edit(run, status="running")
+    assert load_run(run).status == "interrupted", "nobody writes it"
+    point = ResumePoint(load_run(run).config, None, None, finished=False, damaged=())
+    monkeypatch.setattr("pgt_diag.resuming.resume_point", lambda directory: point)
+    statuses = []
+
+    def train(config, directory, **_):
+        statuses.append(load_run(directory).status)
+        return directory
+
+    monkeypatch.setattr("pgt_diag.training.train", train)
+    assert main(["train", f"--run-dir={run}", "--resume"]) == 0
+    assert statuses == ["running"], "also before anything is loaded"
+    assert load_run(run).status == "interrupted"
+
+
+def test_watch_waits_for_a_run_that_is_being_resumed(folder, monkeypatch, capsys):
+    run = folder / "runs" / "baseline"
+    edit(run, status="running")
+    left = sleeps(monkeypatch, lambda: None, lambda: edit(run, status="finished"))
+    with claimed(run):
+        assert main(["report", str(run), "--watch", "--format=csv"]) == 0
+    assert left == []
+    assert "still running" in capsys.readouterr().out
+    assert main(["report", str(run), "--watch", "--format=csv"]) == 0

@@ -19,8 +19,10 @@ from pgt_diag.config import RunConfig
 from pgt_diag.errors import ConfigurationError
 from reports import panels, stills
 from reports.demo import DemoRun, demo_runs
+from reports.digest import digest
 from reports.exports import export_table
 from reports.page import build_page
+from reports.summary import summarise
 
 TINY = (("conv1", 4), ("layer1.0.conv1", 6), ("layer1.0.conv2", 6))
 
@@ -46,6 +48,18 @@ def broken_values():
     return run
 
 
+def infinite_values():
+    run = tiny("infinite", mortality=0.5)
+    iterations = run.iterations.copy()
+    iterations.loc[::3, ["grad_norm", "loss"]] = np.inf
+    iterations.loc[1::3, "loss"] = np.nan
+    run.__dict__["iterations"] = iterations
+    metrics = run.metrics.copy()
+    metrics["train_loss"], metrics["test_loss"] = np.inf, -np.inf
+    run.__dict__["metrics"] = metrics
+    return run
+
+
 CASES = {
     "no runs": [],
     "one": [tiny()],
@@ -60,6 +74,7 @@ CASES = {
     "zero deaths": [tiny(mortality=0.0)],
     "all dead": [tiny(mortality=9.0)],
     "NaN": [broken_values()],
+    "infinite": [infinite_values(), tiny()],
     "clipping": [tiny(method="gc"), tiny("a", "agc"), tiny("c", "agc+pgt")],
     "twenty": [tiny(f"run {i}", ("baseline", "pgt")[i % 2], seed=i) for i in range(20)],
 }
@@ -74,6 +89,21 @@ def test_every_kind_of_run_makes_a_page(case):
         r'<script type="application/json" id="[^"]+">(.*?)</script>', page, re.S
     ):
         json.loads(island, parse_constant=pytest.fail)
+
+
+def test_losses_that_are_no_numbers_are_null_in_json():
+    for runs in ([broken_values()], [infinite_values(), tiny()]):
+        text = json.dumps(digest(runs), allow_nan=False)
+        assert [run["label"] for run in json.loads(text)["runs"]]
+        json.loads(export_table(runs, "json"), parse_constant=pytest.fail)
+
+
+def test_forty_five_runs_are_all_on_one_page():
+    runs = [tiny(f"run {n}", ("baseline", "pgt")[n % 2], seed=n) for n in range(45)]
+    page = html.unescape(build_page(runs))
+    for summary in summarise(runs):
+        assert f"folder {summary.run.name};" in page
+    assert len({summary.label for summary in summarise(runs)}) == 45
 
 
 def test_the_page_forbids_requests_and_names_no_other_file():

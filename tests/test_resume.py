@@ -214,9 +214,12 @@ def test_the_older_checkpoint_is_used_when_the_newest_is_damaged(
 ) -> None:
     newest = checkpoint.found_in(interrupted)[0]
     damage(newest)
+    again = pgt_diag.load_run(interrupted).iteration_count - 5
+    assert again > 1
     assert command(interrupted) == 0
     output = capsys.readouterr().out
-    assert "going on from iteration 5" in output
+    assert "going on from iteration 5 of 24, epoch 1 of 2; " in output
+    assert f"the {again} iterations recorded since that checkpoint are made again" in output
     assert newest.name in output.replace("\n", "")
     assert (interrupted / "set-aside" / "checkpoints" / newest.name).exists()
     expect_same(CONFIG, interrupted, tmp_path / "undisturbed")

@@ -22,7 +22,7 @@ from pgt_diag.progress import Listener, Progress
 from pgt_diag.sweep.estimate import estimate
 from pgt_diag.sweep.grid import Row
 from pgt_diag.sweep.making import FAILED_FOLDER, SweepListener, make_row, make_rows
-from pgt_diag.sweep.status import RowStatus, State, status_of
+from pgt_diag.sweep.status import RowStatus, State, planned_names, status_of
 from tests.runs import contents, difference
 from tests.sweeps import (
     DIVERGING,
@@ -236,6 +236,7 @@ def test_ctrl_c_writes_a_checkpoint_and_names_the_command(
     assert status.planned is not None
     assert 3 < status.done < status.planned
     assert status_of(rows_of(**values)[1], tmp_path / "runs").state is State.NEW
+    assert planned_names(tmp_path / "runs") == [row.name for row in rows_of(**values)]
 
 
 def test_two_processes_make_each_run_together_and_end_with_the_sweep(tmp_path: Path) -> None:

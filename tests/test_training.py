@@ -1,8 +1,10 @@
 """The training loop against a hand-written one, and how runs end."""
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -417,3 +419,16 @@ def test_a_skipped_first_step_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch
         weights[fused] = [parameter.detach() for parameter in model.parameters()]
     for one, other in zip(weights[True], weights[False], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_disk_that_cannot_be_written_is_called_so_and_not_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(RunDirectoryError, match="cannot be written: no permission to write in "):
+        training.plan(tiny(), tmp_path / "run")
+    monkeypatch.setattr("os.statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(RunDirectoryError, match="cannot be written: its disk is read-only; name"):
+        training.train(tiny(), tmp_path / "run")
+    assert not any(tmp_path.iterdir())

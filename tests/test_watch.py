@@ -1,5 +1,6 @@
 """`pgt-diag watch`: a run that goes on, stops, ends, or was killed."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -13,7 +14,9 @@ import pytest
 from commands.app import main
 from commands.terminal import duration, sparkline
 from pgt_diag.run import load_run
-from reports.follow import Follower
+from pgt_diag.sweep.grid import build_grid
+from pgt_diag.sweep.status import PLAN_FILE, planned_names, write_plan
+from reports.follow import Follower, LayerNow
 from reports.summary import summarise
 from tests.runs import being_written, edit
 
@@ -129,12 +132,14 @@ def test_plain_lines_only_when_something_is_new(running, monkeypatch, capsys):
 
 def test_a_terminal_gets_one_frame_that_changes(run, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("LINES", "20")
     monkeypatch.setenv("COLUMNS", "100")
     assert main(["watch", str(run)]) == 0
     text = capsys.readouterr().out
     assert "iteration 12 of 12" in re.sub(r"\x1b\[[0-9;?]*\w", "", text)
     assert "more layers" in text, "what does not fit is said to be left out"
+    assert "\x1b[?1049h" not in text, "what has ended needs no screen of its own"
 
 
 def test_control_c_is_130(running, monkeypatch):
@@ -172,6 +177,38 @@ def test_sparklines_show_a_single_death():
     assert sparkline([0, 1, 100]) == " ▁█"
     assert sparkline([0, 0]) == "  " and sparkline([]) == ""
     assert sparkline([4], top=8) == "▄"
+
+
+def test_one_scale_for_every_layer(run, monkeypatch, capsys):
+    snapshot = Follower(run).look(time.time())
+    layers = (LayerNow("small", 0, 128, 1, (0, 1)), LayerNow("large", 1, 512, 300, (0, 300)))
+    snapshot = dataclasses.replace(snapshot, layers=layers)
+    monkeypatch.setattr(Follower, "look", lambda self, now: snapshot)
+    assert main(["watch", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"small +1 / 128 +▁ *$", text, re.M)
+    assert re.search(r"large +300 / 512 +▅ *$", text, re.M)
+
+
+def test_names_with_markup_are_shown_and_not_obeyed(run, tmp_path, capsys):
+    name = "[link=x]a[bold]\x1b[31m"
+    path = tmp_path / "folder" / name
+    shutil.copytree(run, path)
+    edit(path, status="failed", message="[link=http:x]why\x1b]8;;", config=None)
+    for target in (path, path.parent):
+        assert main(["watch", str(target)]) == 1
+        told = capsys.readouterr().out
+        assert "[link=http:x]why�]8;;" in told and "\x1b" not in told
+    assert "[link=x]a[bold]�[31m failed" in told
+
+
+def test_a_sweep_leaves_word_of_its_runs_for_whoever_watches(tmp_path):
+    rows = build_grid(None, {"preset": "smoke", "seed": [0, 1]}).rows
+    write_plan(rows, tmp_path / "new" / "sweep")
+    assert planned_names(tmp_path / "new" / "sweep") == [row.name for row in rows]
+    for text in ("{", "[]", '{"rows": 1}', '{"rows": ["..", "a/b", "/etc", "", 3, "x\\u0000"]}'):
+        (tmp_path / PLAN_FILE).write_text(text)
+        assert planned_names(tmp_path) == []
 
 
 def test_durations():

@@ -1,16 +1,47 @@
 """How a sweep's rows stand, read from their directories alone."""
 
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pgt_diag import storage
 from pgt_diag.directory import CHECKPOINTS_FOLDER, RUN_FILE, what_is_left
 from pgt_diag.errors import PgtDiagError
 from pgt_diag.reading import is_locked
 from pgt_diag.run import Run, load_run
 from pgt_diag.sweep.grid import Row, deciding
+
+PLAN_FILE = "sweep.json"
+"""In a sweep's directory: which runs the newest sweep there makes, for whoever watches it."""
+
+_MAX_PLAN_BYTES = 1 << 24
+
+
+def write_plan(rows: Iterable[Row], folder: Path) -> None:
+    """Write down which runs a sweep is about to make."""
+    storage.make_folder(folder)
+    text = json.dumps({"rows": [row.name for row in rows]}, indent=1) + "\n"
+    storage.write(folder / PLAN_FILE, text.encode())
+
+
+def planned_names(folder: Path) -> list[str]:
+    """Return the names of the runs that the newest sweep in a folder makes; [] where none says."""
+    try:
+        plan = json.loads(storage.read(folder / PLAN_FILE, _MAX_PLAN_BYTES))
+        return [name for name in plan["rows"] if _is_plain_name(name)]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, PgtDiagError):
+        return []
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether it names something in the folder itself: anybody may have written the plan."""
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name:
+        return False
+    return Path(name).name == name
 
 
 class State(StrEnum):
