@@ -19,8 +19,9 @@ Examples:
   pgt-diag show runs/pgt --json | jq '.runs[0].dead'
 
 With --json: one object with schema_version, runs (label, path, status, iterations, filters, dead,
-silent_from_start, died_later, revived, first_death, accuracies, layers, …), verdict (sentences,
-comparisons, claims, warnings), table1, table2 and table3; what is missing is null.
+unknown, silent_from_start, died_later, deaths, revivals, died, first_death, accuracies, layers, …),
+verdict (sentences, comparisons, claims, warnings), table1, table2 and table3; what is missing is
+null.
 """
 
 _JUDGEMENTS = {"agrees": "green", "contradicts": "red"}
@@ -85,21 +86,21 @@ def _print_layers(screen: "Console", summary: "RunSummary") -> None:
         made.add_column(name, justify="right")
     rows = summary.by_layer.reset_index().astype(object)
     for row in rows.where(rows.notna(), None).to_dict("records"):
-        made.add_row(*_layer_cells(row), style="" if row["dead"] else "dim")
+        made.add_row(*_layer_cells(row), style="" if row["dead"] or row["unknown"] else "dim")
     screen.print()
     screen.print(made)
 
 
 def _layer_cells(row: dict[Any, Any]) -> list[str]:
     from commands.terminal import safe
-    from reports.text import share
+    from reports.text import dead_share
 
     return [
         str(row["index"]),
         safe(row["layer"]),
         f"{row['filters']:,}",
-        f"{row['dead']:,}",
-        share(row["dead"], row["filters"]) if row["dead"] else "0",
+        f"{row['dead']:,}" + (f", {row['unknown']:,} unknown" if row["unknown"] else ""),
+        dead_share(row["dead"], row["unknown"], row["filters"]),
         f"{row['silent_from_start']:,}",
         f"{row['revivals']:,}",
         "–" if row["first_death"] is None else f"{row['first_death']:,}",
@@ -134,8 +135,9 @@ def _print_table(screen: "Console", shown: dict[str, Any]) -> None:
     for setting, letter in settings.items():
         screen.print(f"{letter} {safe(setting, 300)}", soft_wrap=not screen.is_terminal)
     screen.print(
-        f"{shown['note']} ★ best accuracy, ▲ largest gain; differences are to the baseline of the "
-        "same setting, batch size and seed, ± half their 95 % interval.",
+        f"{shown['note']} ★ best accuracy, ▲ largest gain, where that is more than chance; "
+        "differences are to the baseline of the same setting, data, batch size and seed, ± half "
+        "their 95 % interval.",
         style="dim" if screen.is_terminal else "",
         soft_wrap=not screen.is_terminal,
     )

@@ -113,7 +113,9 @@ def _progress(snapshot: "Snapshot") -> str:
         parts.append(rate)
         if snapshot.seconds_left is not None:
             parts.append(f"{duration(snapshot.seconds_left)} left")
-    return " · ".join([*parts, f"{snapshot.dead:,} of {snapshot.filters:,} filters dead"])
+    unknown = f", {snapshot.unknown:,} unknown" if snapshot.unknown else ""
+    dead = f"{snapshot.dead:,} of {snapshot.filters:,} filters dead{unknown}"
+    return " · ".join([*parts, dead])
 
 
 def _layer_table(screen: "Console", snapshot: "Snapshot", room: int) -> "Table":
@@ -130,6 +132,7 @@ def _layer_table(screen: "Console", snapshot: "Snapshot", room: int) -> "Table":
     most = sorted(layers, key=lambda layer: layer.dead, reverse=True)[: len(layers) - hidden]
     for layer in sorted(most, key=lambda layer: layer.index):
         dead = f"{layer.dead:,} / {layer.filters:,}"
+        dead += f", {layer.unknown:,} unknown" if layer.unknown else ""
         bars = sparkline(layer.history, max(layer.history, default=0))
         made.add_row(str(layer.index), safe(layer.name), dead, bars)
     if hidden:
