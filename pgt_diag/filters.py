@@ -241,6 +241,8 @@ def unknown_since(norms: NDArray[np.float32], iterations: NDArray[np.int64]) -> 
 
     norms: (R, F) at the stored `iterations`, (R,). 0 where it is NaN in all rows.
     """
+    if not len(norms):
+        return np.full(norms.shape[1], -1, dtype=np.int64)
     known = ~np.isnan(norms)
     after = len(norms) - known[::-1].argmax(axis=0)  # the row after the last that is known
     after[~known.any(axis=0)] = 0

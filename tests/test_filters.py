@@ -17,6 +17,7 @@ from pgt_diag.filters import (
     decay_budget,
     filter_states,
     predicted_crossing,
+    unknown_since,
 )
 
 
@@ -233,6 +234,14 @@ def test_what_is_not_seen_for_a_while_goes_on_as_it_was() -> None:
     before[0] = [False, True, True]
     carried = filter_states(activity[1:], gradient[1:], ones[1:], ones[0], before=before)
     assert carried[0].tolist() == [[False, True, True], [False, True, True], [True, False, True]]
+
+
+def test_unknown_to_the_end_is_from_the_first_stored_row_that_nothing_follows() -> None:
+    nan = np.nan
+    norms = np.array([[1, nan, nan, nan], [nan, 1, nan, 1], [1, nan, nan, nan]], np.float32)
+    rows = np.array([0, 10, 20])
+    assert unknown_since(norms, rows).tolist() == [-1, 20, 0, 20]
+    assert unknown_since(norms[:0], rows[:0]).tolist() == [-1] * 4
 
 
 def test_no_events_are_no_deaths() -> None:
