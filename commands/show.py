@@ -20,8 +20,9 @@ Examples:
   pgt-diag show runs/pgt --json | jq '.runs[0].dead'
 
 With --json: one object with schema_version, runs (label, path, status, iterations, filters, dead,
-silent_from_start, died_later, revived, first_death, accuracies, layers, …), verdict (sentences,
-comparisons, claims, warnings), table1, table2 and table3; what is missing is null.
+unknown, silent_from_start, died_later, deaths, revivals, died, first_death, accuracies, layers, …),
+verdict (sentences, comparisons, claims, warnings), table1, table2 and table3; what is missing is
+null.
 """
 
 _JUDGEMENTS = {"agrees": "green", "contradicts": "red"}
@@ -78,7 +79,7 @@ def _print_verdict(screen: "Console", judged: "Verdict") -> None:
 def _print_layers(screen: "Console", summary: "RunSummary") -> None:
     from commands.columns import Column, fitting_table
     from commands.terminal import safe, shortened
-    from reports.text import share
+    from reports.text import dead_share
 
     by_layer = summary.by_layer.reset_index().astype(object)
     rows = by_layer.where(by_layer.notna(), None).to_dict("records")
@@ -89,10 +90,10 @@ def _print_layers(screen: "Console", summary: "RunSummary") -> None:
             Column("#", [str(row["index"]) for row in rows]),
             Column("layer", [shortened(row["layer"]) for row in rows], right=False),
             Column("filters", [f"{row['filters']:,}" for row in rows], rank=1),
-            Column("dead", [f"{row['dead']:,}" for row in rows]),
+            Column("dead", [_dead(row) for row in rows]),
             Column(
                 "share",
-                [share(row["dead"], row["filters"]) if row["dead"] else "0" for row in rows],
+                [dead_share(row["dead"], row["unknown"], row["filters"]) for row in rows],
                 rank=3,
             ),
             Column(
@@ -105,11 +106,15 @@ def _print_layers(screen: "Console", summary: "RunSummary") -> None:
                 rank=2,
             ),
         ],
-        styles=["" if row["dead"] else "dim" for row in rows],
+        styles=["" if row["dead"] or row["unknown"] else "dim" for row in rows],
     )
     screen.print()
     screen.print(made)
     _say_left_out(screen, left_out)
+
+
+def _dead(row: dict[Any, Any]) -> str:
+    return f"{row['dead']:,}" + (f", {row['unknown']:,} unknown" if row["unknown"] else "")
 
 
 def _say_left_out(screen: "Console", names: list[str]) -> None:
@@ -162,8 +167,9 @@ def _print_settings(screen: "Console", note: str, settings: dict[str, str]) -> N
     for setting, letter in settings.items():
         _print_lines(screen, f"{letter} {safe(setting, 300)}")
     legend = (
-        f"{safe(note, 2000)} ★ best accuracy, ▲ largest gain; differences are to the baseline of "
-        "the same setting, batch size and seed, ± half their 95 % interval."
+        f"{safe(note, 2000)} ★ best accuracy, ▲ largest gain, where that is more than chance; "
+        "differences are to the baseline of the same setting, data, batch size and seed, ± half "
+        "their 95 % interval."
     )
     _print_lines(screen, f"[dim]{legend}[/]" if screen.is_terminal else legend)
 

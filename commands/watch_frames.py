@@ -133,7 +133,7 @@ class RunView(View):
         columns = [
             Column("#", [str(layer.index) for layer in shown] + blank),
             Column("layer", [shortened(layer.name) for layer in shown] + more, right=False),
-            Column("dead", [f"{layer.dead:,} / {layer.filters:,}" for layer in shown] + blank),
+            Column("dead", [_dead_of(layer) for layer in shown] + blank),
         ]
         bars = min(_BARS[1], spare_room(screen, columns))
         if bars >= _BARS[0]:
@@ -146,8 +146,7 @@ class RunView(View):
         now = self._now
         reason = f": {as_typed(now.message)}" if now.message else ""
         text = (
-            f"{now.status}{reason} after {now.iterations:,} iterations, {now.dead:,} of "
-            f"{now.filters:,} filters dead; next:"
+            f"{now.status}{reason} after {now.iterations:,} iterations, {_dead_filters(now)}; next:"
         )
         return text, f"pgt-diag report {quoted([self._path])}"
 
@@ -172,7 +171,17 @@ def numbers_of(now: Snapshot) -> list[str]:
         parts.append(rate)
         if now.seconds_left is not None:
             parts.append(f"{duration(now.seconds_left)} left")
-    return [*parts, f"{now.dead:,} of {now.filters:,} filters dead"]
+    return [*parts, _dead_filters(now)]
+
+
+def _dead_filters(now: Snapshot) -> str:
+    unknown = f", {now.unknown:,} unknown" if now.unknown else ""
+    return f"{now.dead:,} of {now.filters:,} filters dead{unknown}"
+
+
+def _dead_of(layer: LayerNow) -> str:
+    unknown = f", {layer.unknown:,} unknown" if layer.unknown else ""
+    return f"{layer.dead:,} / {layer.filters:,}{unknown}"
 
 
 def rows_in(parts: Sequence[object], room: int | None) -> int:

@@ -138,6 +138,12 @@ class RunDirectory:
             raise RunDirectoryError(f"{path}: cannot be written: {error.strerror}") from None
         return directory
 
+    @property
+    def planned_iterations(self) -> int | None:
+        """How long the run is to be, where run.json says so."""
+        planned = self._info.get("planned_iterations")
+        return planned if isinstance(planned, int) else None
+
     def state_dict(self) -> dict[str, Any]:
         """Return run.json's entries as JSON, and metrics.csv."""
         return {"info": json.dumps(self._info), "metrics": self._metrics}

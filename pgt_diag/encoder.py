@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pgt_diag import storage, trace
-from pgt_diag.filters import EVENT_KINDS, MIN_DEATH_WINDOW, SpellTracker, filter_states
+from pgt_diag.filters import EVENT_KINDS, SpellTracker, death_window, filter_states
 
 SCALARS = (
     "loss",
@@ -149,6 +149,7 @@ class TraceEncoder:
         min_spell: int = 1,
         ratios: tuple[float, float],
         stop_when_diverged: bool = False,
+        planned_iterations: int | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self.directory = directory
@@ -158,12 +159,12 @@ class TraceEncoder:
         self.latest = (math.nan, math.nan)
         self.diverged_at: int | None = None
         self._stop_when_diverged = stop_when_diverged
+        self._planned_iterations = planned_iterations
         self._initial_norms = initial_norms
         self._record_every = record_every
         self._ratios = ratios
         self._layer_of = np.repeat(np.arange(len(layers.names)), np.diff(layers.offsets))
         self._spells = SpellTracker(layers.offsets[-1], min_spell)
-        self._dead_for = np.zeros(layers.offsets[-1], dtype=np.int64)
         self._norms = trace.PartWriter(directory / trace.NORMS_FOLDER)
         self._steps = trace.PartWriter(directory / trace.ITERATIONS_FOLDER)
         self._events = trace.PartWriter(directory / trace.EVENTS_FOLDER)
@@ -190,8 +191,6 @@ class TraceEncoder:
             "stored_count": self._stored_count,
             "last_stored": self._last_stored,
             "latest": [loss, accuracy],
-            "dead_filters": self.dead_filters,
-            "dead_for": self._dead_for,
             "initial_norms": self._initial_norms,
             "spells": self._spells.state_dict(),
             "last": dict(self._last),
@@ -209,13 +208,12 @@ class TraceEncoder:
         self._last_stored = int(state["last_stored"])
         loss, accuracy = state["latest"]
         self.latest = (float(loss), float(accuracy))
-        self.dead_filters = int(state["dead_filters"])
-        self._dead_for = np.array(state["dead_for"], dtype=np.int64)
         self._initial_norms = np.array(state["initial_norms"], dtype=np.float32)
         filters = (self.layers.offsets[-1],)
-        if not self._dead_for.shape == self._initial_norms.shape == filters:
+        if self._initial_norms.shape != filters:
             raise ValueError(f"not of {filters[0]} filters")
         self._spells.load_state_dict(state["spells"])
+        self._count_dead()
         self._last = {name: np.array(values) for name, values in state["last"].items()}
         self._windows = {name: _Windows() for name in self._last}
         for name, (low, high) in state["windows"].items():
@@ -241,12 +239,13 @@ class TraceEncoder:
             block.weight_norms,
             self._initial_norms,
             *self._ratios,
+            before=self._spells.holding,
         )
         self._event_rows.append(self._spells.update(states))
-        self._count_dead(states)
         self._add_steps(block, states, numbers)
         self._add_norms(block, numbers)
         self.iterations += length
+        self._count_dead()
         self.latest = (float(block.scalars[-1, 0]), float(block.scalars[-1, 1]))
 
     def flush(self) -> None:
@@ -303,17 +302,11 @@ class TraceEncoder:
             first = 0
         return block.rows(np.arange(len(block.skipped)) < first)
 
-    def _count_dead(self, states: NDArray[np.bool_]) -> None:
-        """Count the filters that are silent with zero gradient now, and have been for a while."""
-        dead = states[0] & states[1]
-        lasting = np.flatnonzero(dead[-1])
-        alive = ~dead[:, lasting]
-        length = len(dead)
-        since_alive = alive[::-1].argmax(axis=0)
-        dead_for = np.where(alive.any(axis=0), since_alive, self._dead_for[lasting] + length)
-        self._dead_for = np.zeros_like(self._dead_for)
-        self._dead_for[lasting] = dead_for
-        self.dead_filters = int((dead_for >= MIN_DEATH_WINDOW).sum())
+    def _count_dead(self) -> None:
+        """Count the filters that a report would call dead, if the run ended here."""
+        iterations = self._planned_iterations or self.iterations
+        window = death_window(iterations, self._spells.min_spell)
+        self.dead_filters = self._spells.dead_filters(window)
 
     def _add_steps(
         self, block: Block, states: NDArray[np.bool_], numbers: NDArray[np.int64]

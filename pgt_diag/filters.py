@@ -6,6 +6,7 @@ or a file.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ EVENT_KINDS = ("silent", "zero_gradient", "collapsed", "zeroed")
 COLLAPSED_RATIO = 1e-2
 ZEROED_RATIO = 1e-3
 MIN_DEATH_WINDOW = 10
-"""A filter that is dead for fewer iterations is never counted as dead."""
+"""A filter that is silent or collapsed for fewer iterations is never counted as dead."""
 
 Spells = NDArray[np.int64]
 """Rows (kind, filter, start, end): end is the first iteration after it, or −1 while it lasts."""
@@ -31,12 +32,15 @@ def filter_states(
     initial_norms: NDArray[np.float32],
     collapsed_ratio: float = COLLAPSED_RATIO,
     zeroed_ratio: float = ZEROED_RATIO,
+    before: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.bool_]:
     """Return which of EVENT_KINDS hold, for every iteration and filter.
 
     All inputs are (T, F), `initial_norms` (F,). `activity` is any non-negative measure of a
-    channel's map over the batch that is 0 exactly when the whole map is; NaN (unknown) is never a
-    state. A filter whose initial norm is 0 never counts as collapsed. Returns (kinds, T, F) bool.
+    channel's map over the batch that is 0 exactly when the whole map is. Where a measure is NaN
+    (unknown), a state is as it was at the iteration before: not seeing a filter neither kills nor
+    revives it. `before`, (kinds, F), is what held before the first iteration; by default nothing.
+    A filter whose initial norm is 0 never counts as collapsed. Returns (kinds, T, F) bool.
     """
     states = np.empty((len(EVENT_KINDS), *activity.shape), dtype=bool)
     np.equal(activity, 0, out=states[0])
@@ -46,6 +50,12 @@ def filter_states(
         states[3] = False
     else:
         np.less(weight_norms, np.float32(zeroed_ratio) * initial_norms, out=states[3])
+    held = before if before is not None else np.zeros(states[:, 0].shape, dtype=bool)
+    for kind, measure in enumerate((activity, gradient_norms, weight_norms, weight_norms)):
+        unknown = np.isnan(measure)
+        for row in np.flatnonzero(unknown.any(axis=1)):
+            last = states[kind, row - 1] if row else held[kind]
+            np.copyto(states[kind, row], last, where=unknown[row])
     return states
 
 
@@ -62,6 +72,19 @@ class SpellTracker:
         self._since = np.full((len(EVENT_KINDS), filters), -1, dtype=np.int64)
         self._reported = np.zeros((len(EVENT_KINDS), filters), dtype=bool)
         self._next_iteration = 0
+
+    @property
+    def holding(self) -> NDArray[np.bool_]:
+        """Which states held at the last iteration, (kinds, F) bool."""
+        held: NDArray[np.bool_] = self._since >= 0
+        return held
+
+    def dead_filters(self, window: int) -> int:
+        """Count the filters that are dead now, as `deaths` will find them if the run ends here."""
+        silent, zero_gradient, collapsed, _ = self._since
+        quiet = np.where((silent < 0) | (zero_gradient < 0), -1, np.maximum(silent, zero_gradient))
+        latest = self._next_iteration - window
+        return int((_within(quiet, latest) | _within(collapsed, latest)).sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goes on from here: the spells that last, and the counts."""
@@ -124,9 +147,22 @@ class SpellTracker:
         return np.stack((*np.divmod(rows, filters), starts, finishes), axis=1)
 
 
-def death_window(iteration_count: int) -> int:
-    """Return how many iterations a filter must be dead to count: 1 % of the run, at least 10."""
-    return max(MIN_DEATH_WINDOW, iteration_count // 100)
+def _within(since: NDArray[np.int64], latest: int) -> NDArray[np.bool_]:
+    """Whether a spell lasts (−1: none does) that began at `latest` or before."""
+    lasting: NDArray[np.bool_] = (since >= 0) & (since <= latest)
+    return lasting
+
+
+def death_window(iterations: int, min_spell: int = 1) -> int:
+    """Return how many iterations a filter must be dead to count: 1 % of the run, at least 10.
+
+    `iterations` is how long the run is planned to be or, where nobody planned it, has been so far.
+    No fewer than `min_spell` either: the event log has no shorter spells.
+    """
+    return max(MIN_DEATH_WINDOW, iterations // 100, min_spell)
+
+
+_FILTER = ["layer", "layer_index", "filter"]
 
 
 def deaths(
@@ -134,9 +170,10 @@ def deaths(
 ) -> "pd.DataFrame":
     """Derive deaths and revivals from an event log.
 
-    A filter is dead while its channel is silent and its gradient exactly zero at once, for at
-    least `window` iterations (default `death_window`); cause "silent". Cause "collapsed" is a
-    weight norm under 1e-2 of its start, for as long, that no silent death overlaps.
+    A filter is dead while its channel is silent and its gradient exactly zero at once, and while
+    its weight norm is under 1e-2 of its start; each for at least `window` iterations (default
+    `death_window`). Intervals of a filter that overlap or touch are one death, so that every death
+    ends in a revival or lasts to the end. `cause` is what began it: "silent" or "collapsed".
 
     Returns one row per death, in order of iteration: layer, layer_index, filter, iteration,
     revival_iteration (Int64; NA while it lasts), cause.
@@ -144,34 +181,73 @@ def deaths(
     import pandas as pd
 
     window = death_window(iteration_count) if window is None else window
-    key = ["layer", "layer_index", "filter"]
     spells = events.assign(
         end=events["end_iteration"].astype("Int64").fillna(iteration_count).astype("int64")
-    )
-    spells = spells[spells["end"] - spells["start_iteration"] >= window]
+    ).rename(columns={"start_iteration": "iteration"})
+    spells = spells[spells["end"] - spells["iteration"] >= window]
     of_kind = {kind: spells[spells["kind"] == kind] for kind in EVENT_KINDS}
 
-    both = of_kind["silent"].merge(of_kind["zero_gradient"], on=key, suffixes=("", "_gradient"))
-    silent = both[key].assign(
-        iteration=both[["start_iteration", "start_iteration_gradient"]].max(axis=1),
+    both = of_kind["silent"].merge(of_kind["zero_gradient"], on=_FILTER, suffixes=("", "_gradient"))
+    silent = both[_FILTER].assign(
+        iteration=both[["iteration", "iteration_gradient"]].max(axis=1),
         end=both[["end", "end_gradient"]].min(axis=1),
         cause="silent",
     )
     silent = silent[silent["end"] - silent["iteration"] >= window]
+    collapsed = of_kind["collapsed"][[*_FILTER, "iteration", "end"]].assign(cause="collapsed")
 
-    collapsed = of_kind["collapsed"].rename(columns={"start_iteration": "iteration"})
-    collapsed = collapsed[[*key, "iteration", "end"]].assign(cause="collapsed")
-    pairs = collapsed.reset_index().merge(silent, on=key, suffixes=("", "_silent"))
-    overlap = (pairs["iteration"] < pairs["end_silent"]) & (
-        pairs["iteration_silent"] < pairs["end"]
-    )
-    collapsed = collapsed[~collapsed.index.isin(pairs.loc[overlap, "index"])]
-
-    result = pd.concat([silent, collapsed], ignore_index=True)
+    result = _joined(pd.concat([silent, collapsed], ignore_index=True))
     result = result.sort_values(["iteration", "layer_index", "filter"], ignore_index=True)
     ended = result["end"].astype("Int64")
     result["revival_iteration"] = ended.mask(ended >= iteration_count)
-    return result[[*key, "iteration", "revival_iteration", "cause"]]
+    return result[[*_FILTER, "iteration", "revival_iteration", "cause"]]
+
+
+def _joined(intervals: "pd.DataFrame") -> "pd.DataFrame":
+    """Join each filter's intervals, [iteration, end), that overlap or touch; the first names it."""
+    order = ["layer_index", "filter", "iteration"]
+    intervals = intervals.sort_values(order, kind="stable", ignore_index=True)
+    same = [intervals[name] for name in order[:2]]
+    reach = intervals["end"].groupby(same).cummax()
+    apart = intervals["iteration"] > reach.groupby(same).shift(fill_value=-1)
+    first = intervals[apart]
+    return first.assign(end=intervals["end"].groupby(apart.cumsum()).max().to_numpy())
+
+
+@dataclass(frozen=True)
+class DeathCounts:
+    """How often filters died: `deaths` is `revivals` plus `dead`, and `died` of them had at least
+    one.
+    """
+
+    deaths: int
+    died: int
+    revivals: int
+    dead: int
+
+
+def count_deaths(deaths: "pd.DataFrame") -> DeathCounts:
+    """Count a table of deaths: every one has ended in a revival, or its filter is dead at the end.
+
+    `deaths`, `revivals` and `dead` count rows, `died` filters.
+    """
+    dead = int(deaths["revival_iteration"].isna().sum())
+    died = len(deaths[_FILTER[1:]].drop_duplicates())
+    return DeathCounts(len(deaths), died, len(deaths) - dead, dead)
+
+
+def unknown_since(norms: NDArray[np.float32], iterations: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the stored iteration from which on each filter's norm is NaN, or −1 where it is not.
+
+    norms: (R, F) at the stored `iterations`, (R,). 0 where it is NaN in all rows.
+    """
+    if not len(norms):
+        return np.full(norms.shape[1], -1, dtype=np.int64)
+    known = ~np.isnan(norms)
+    after = len(norms) - known[::-1].argmax(axis=0)  # the row after the last that is known
+    after[~known.any(axis=0)] = 0
+    start = np.append(iterations, -1)[after]
+    return np.where(after == 0, 0, start).astype(np.int64)
 
 
 def decay_budget(

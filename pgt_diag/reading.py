@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -44,13 +44,27 @@ MAX_COUNT = 1 << 48
 
 @dataclass(frozen=True)
 class Layer:
-    """A recorded convolution: qualified name, the paper's index, filters, what was observed."""
+    """A recorded convolution: qualified name, the paper's index, filters, what was observed.
+
+    `addition` says whether an addition stands between its output and the activation; None where
+    that is not known.
+    """
 
     name: str
     index: int
     filters: int
     weight_shape: tuple[int, ...]
     activation: str
+    addition: bool | None = None
+
+    @property
+    def seen(self) -> bool:
+        """Whether a hook saw its post-activation map, so that silence could be told."""
+        return self.activation != NOT_SEEN
+
+
+NOT_SEEN = "not seen"
+"""What is recorded as the activation of a layer whose map no hook could read."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +129,7 @@ def is_amount(value: object) -> bool:
     return number and 0 <= value < MAX_COUNT  # type: ignore[operator]
 
 
-def is_count(value: object) -> bool:
+def is_count(value: object) -> TypeGuard[int]:
     """Whether this can be how many of something there are."""
     return type(value) is int and 0 <= value < MAX_COUNT
 
@@ -156,6 +170,7 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
                 filters=int(entry["filters"]),
                 weight_shape=tuple(map(int, entry["weight_shape"])),
                 activation=str(entry["activation"]),
+                addition=_true_or_false(entry.get("addition")),
             )
             for index, entry in enumerate(entries or ())
         )
@@ -171,6 +186,10 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
     ):
         raise RunDirectoryError(f"{path / RUN_FILE}: unusable layer list")
     return layers
+
+
+def _true_or_false(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":

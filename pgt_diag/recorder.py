@@ -41,7 +41,7 @@ from pgt_diag.encoder import TraceEncoder, layer_slices
 from pgt_diag.errors import ConfigurationError, RecorderError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.observer import MapObserver, Named
-from pgt_diag.reading import Ending, Layer
+from pgt_diag.reading import NOT_SEEN, Ending, Layer
 from pgt_diag.reductions import filter_norms, rows_of, write_total_norm
 from pgt_diag.ring import Ring, Row, RowLayout
 from pgt_diag.sgd import MeasuringSGD
@@ -237,7 +237,10 @@ class FilterRecorder:
 
     @property
     def dead_filters(self) -> int:
-        """How many filters are dead as far as the writer has come: a second or so ago."""
+        """How many filters are dead as far as the writer has come: a second or so ago.
+
+        By the definition of a report (`pgt_diag.filters.deaths`), were this the end of the run.
+        """
         return self._writer.encoder.dead_filters if self._writer else 0
 
     @property
@@ -505,7 +508,7 @@ class FilterRecorder:
                     index=index,
                     filters=self._filters[name],
                     weight_shape=tuple(module.weight.shape),
-                    activation="; ".join(map(str, taps.get(name, ()))) or "not seen",
+                    activation="; ".join(map(str, taps.get(name, ()))) or NOT_SEEN,
                 )
             )
             for index, (name, module) in enumerate(self._convolutions.items())
@@ -523,6 +526,7 @@ class FilterRecorder:
             min_spell=self._settings["min_spell"],
             ratios=(self._settings["collapsed_ratio"], self._settings["zeroed_ratio"]),
             stop_when_diverged=self._stop_when_diverged,
+            planned_iterations=directory.planned_iterations,
             state=state,
         )
         self._writer = WriterThread(encoder)

@@ -156,7 +156,7 @@ def _check_recorder(path: Path, recorder: Mapping[str, Any]) -> None:
     encoder = recorder["encoder"]
     if encoder is None:
         return
-    names = ("iterations", "event_count", "stored_count", "dead_filters")
+    names = ("iterations", "event_count", "stored_count")
     counts = [*(encoder[name] for name in names), encoder["last_stored"] + 1]
     if not all(map(is_count, counts)) or encoder["iterations"] > recorder["steps"]:
         raise ValueError("its counts cannot be")

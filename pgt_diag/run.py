@@ -3,7 +3,7 @@
 ```
 runs/<name>/
   run.json              schema version, configuration, environment, layers, status, overhead
-  metrics.csv           one row per epoch
+  metrics.csv           one row per epoch; dead_filters: dead then, by `filters.deaths`
   trace/*.parquet       stored rows of norms, a list column per quantity and layer
   iterations/*.parquet  every iteration: loss, accuracy, lr, gradient norm, filters per state
   events.parquet        the event log (events/*.parquet until the run is finished)
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pgt_diag import storage, trace
 from pgt_diag.config import RunConfig
@@ -37,10 +38,11 @@ from pgt_diag.directory import (
 )
 from pgt_diag.encoder import SCALARS, resolve_events
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
-from pgt_diag.filters import EVENT_KINDS
+from pgt_diag.filters import EVENT_KINDS, unknown_since
 from pgt_diag.reading import (
     MAX_COUNT,
     FeatureMaps,
+    Layer,
     Status,
     check_columns,
     digests_of,
@@ -196,6 +198,49 @@ class Run:
         frame: pd.DataFrame = table.to_pandas()
         frame["end_iteration"] = pd.array(table["end_iteration"].to_pylist(), dtype="Int64")
         return frame
+
+    @cached_property
+    def unknown_spells(self) -> "pd.DataFrame":
+        """Rows as of `events`, for as long as a state may have held or not: nobody saw it.
+
+        Kind "silent" where no hook could read the layer's map; "zero_gradient" from where on a
+        filter's gradient norm is NaN to the end of the run: a frozen weight has no gradient, and a
+        parametrised one not that of the convolution.
+        """
+        import pandas as pd
+
+        rows = [
+            (kind, layer.name, layer.index, filter_, int(start), pd.NA)
+            for layer in self.layers
+            for kind, starts in self._unknown_of(layer).items()
+            for filter_, start in enumerate(starts)
+            if start >= 0
+        ]
+        table = pd.DataFrame(rows, columns=trace.EVENT_SCHEMA.names)
+        return table.astype({"end_iteration": "Int64"})
+
+    def _unknown_of(self, layer: Layer) -> dict[str, NDArray[np.int64]]:
+        """Return, by kind, since when each filter's state is unknown; −1 where it is known."""
+        unknown = {} if layer.seen else {"silent": np.zeros(layer.filters, dtype=np.int64)}
+        if layer.name in self._without_gradient:
+            norms = self.gradient_norms(layer.name)
+            unknown["zero_gradient"] = unknown_since(norms.to_numpy(), norms.index.to_numpy())
+        return unknown
+
+    @cached_property
+    def _without_gradient(self) -> frozenset[str]:
+        """The layers some of whose newest stored gradient norms are NaN."""
+        names = {trace.column_name("gradient_norm", each.name): each.name for each in self.layers}
+        found = []
+        for table in self._rows(trace.NORMS_FOLDER, ["iteration", *names], newest=True):
+            last = table.slice(max(0, table.num_rows - 1))
+            known = {
+                column
+                for column in names
+                if column in last.column_names and not np.isnan(trace.matrix(last[column])).any()
+            }
+            found += [names[column] for column in names if column not in known]
+        return frozenset(found)
 
     @cached_property
     def brief_spells(self) -> "pd.DataFrame":

@@ -7,11 +7,11 @@ from typing import Literal
 
 import pandas as pd
 
-from pgt_diag.text import printable
+from reports.intervals import interval95, leaves_zero_out
 from reports.layouts import is_batch_normalised
-from reports.summary import RunSummary, can_revive
-from reports.tables import interval95, paired_differences, runs_table
-from reports.text import METHOD_NAMES, join, number, plural
+from reports.summary import RunSummary
+from reports.tables import PAIRED_BY, paired_differences, runs_table
+from reports.text import METHOD_NAMES, join, layer_name, number, plural
 
 Judgement = Literal["agrees", "contradicts", "leans towards", "leans against", "cannot tell"]
 
@@ -47,16 +47,17 @@ def compare(summaries: Sequence[RunSummary]) -> list[Pairs]:
     if table.empty:
         return []
     table = table[table["status"] == "finished"]
-    table = table.join(paired_differences(table)).dropna(subset=["dead_difference"])
+    differences = ["dead_difference", "test_difference"]
+    table = table.join(paired_differences(table)).dropna(subset=differences, how="all")
     pairs = []
     for method in METHOD_NAMES:
         rows = table[table["method"] == str(method)]
         if rows.empty:
             continue
         # Two runs that share a baseline (another α, a repetition) are one piece of evidence.
-        unit = rows.groupby(["setting", "schedule", "label_smoothing", "batch_size", "seed"])
-        means = unit[["dead_difference", "test_difference"]].mean()
-        dead, test = means["dead_difference"], means["test_difference"].dropna()
+        unit = rows.groupby([*PAIRED_BY, "schedule", "label_smoothing"])
+        means = unit[differences].mean()
+        dead, test = (means[name].dropna() for name in differences)
         confounded = dict.fromkeys(key for keys in rows["confounded"] for key in keys)
         pairs.append(Pairs(METHOD_NAMES[method], tuple(dead), tuple(test), tuple(confounded)))
     return pairs
@@ -64,24 +65,40 @@ def compare(summaries: Sequence[RunSummary]) -> list[Pairs]:
 
 def comparison(pair: Pairs) -> str:
     """Say in a sentence how a method differs from the baseline."""
-    count = len(pair.dead)
-    dead = _mean(pair.dead)
-    more = "fewer" if dead < 0 else "more"
-    text = (
-        f"{pair.method} against the baseline of the same batch size and seed: "
-        + ("as many" if dead == 0 else f"{number(abs(dead), 0 if count == 1 else 1)} {more}")
-        + " dead filters"
-    )
+    count = max(len(pair.dead), len(pair.test))
+    parts = []
+    if len(pair.dead) == 1:
+        dead = pair.dead[0]
+        many = f"{number(abs(dead), 0)} {'fewer' if dead < 0 else 'more'}" if dead else "as many"
+        parts.append(f"{many} dead filters")
+    elif pair.dead:
+        parts.append(f"dead filters {_with_interval(pair.dead)}")
+    else:
+        parts.append("nobody can tell how many more or fewer filters are dead")
     if pair.test:
-        text += f", test accuracy {number(_mean(pair.test), sign=True)}"
-        interval = interval95(pair.test)
-        if math.isfinite(interval):
-            text += (
-                f" ± {number(interval)} points (95 % interval, {plural(len(pair.test), 'pair')})"
-            )
-        else:
-            text += " points (one pair)"
+        parts.append(f"test accuracy {_with_interval(pair.test)} points")
+    text = f"{pair.method} against the baseline of the same batch size and seed: {', '.join(parts)}"
+    if count == 1:
+        text += " (one pair: no more than a direction)"
+    else:
+        text += f" (95 % intervals, {plural(count, 'pair')}; {_told_apart(pair)})"
     return text + "." + (f" {_confounded(pair)}." if pair.confounded else "")
+
+
+def _with_interval(values: Sequence[float]) -> str:
+    interval = interval95(values)
+    text = number(_mean(values), sign=True)
+    return f"{text} ± {number(interval)}" if math.isfinite(interval) else text
+
+
+def _told_apart(pair: Pairs) -> str:
+    """Say which of the differences are more than chance: those whose interval leaves 0 out."""
+    names = {"dead filters": pair.dead, "test accuracy": pair.test}
+    clear = [name for name, values in names.items() if leaves_zero_out(values)]
+    unclear = [name for name, values in names.items() if values and name not in clear]
+    if not unclear:
+        return "0 is outside"
+    return f"0 is inside for {join(unclear)}: no difference is shown"
 
 
 def _confounded(pair: Pairs) -> str:
@@ -145,21 +162,25 @@ def _difference_claim(
     statement: str, pair: Pairs | None, values: Sequence[float], wanted: int, unit: str
 ) -> Claim:
     if pair is None or not values:
-        evidence = "no finished PGT run with a baseline of the same setting, batch size and seed"
+        evidence = (
+            "no finished PGT run with a baseline of the same setting, data, batch size and seed"
+        )
+        if pair is not None:
+            evidence = "of some filters of each pair nobody can tell whether they are dead"
         return Claim(statement, "cannot tell", evidence)
     mean, interval = _mean(values), interval95(values)
     digits = 0 if all(value == int(value) for value in values) and len(values) == 1 else 2
     evidence = f"{number(mean, digits, sign=True)} {unit} over {plural(len(values), 'pair')}"
     if math.isfinite(interval):
         evidence += f", 95 % interval ± {number(interval)}"
+    else:
+        evidence += ", which is no more than a direction"
     if pair.confounded:
         evidence += f". {_confounded(pair)}, so the method may not be the cause"
-    towards = mean * wanted > 0
-    few = len(values) < MIN_PAIRS
-    undecided = min(values) * max(values) <= 0 if few else abs(mean) <= interval
-    if mean == 0 or undecided:
+    if not leaves_zero_out(values):
         return Claim(statement, "cannot tell", evidence)
-    if few or pair.confounded:
+    towards = mean * wanted > 0
+    if len(values) < MIN_PAIRS or pair.confounded:
         return Claim(statement, "leans towards" if towards else "leans against", evidence)
     return Claim(statement, "agrees" if towards else "contradicts", evidence)
 
@@ -174,34 +195,56 @@ def _recovery_claim(summaries: Sequence[RunSummary]) -> Claim:
     later = [each.deaths.drop(index=each.never_alive.index) for each in summaries]
     deaths = sum(len(each) for each in later)
     if not deaths:
-        born = any(len(each.never_alive) for each in summaries)
-        evidence = "no filter died after the first batch" if born else "no filter died"
+        if any(len(each.undecided) for each in summaries):
+            evidence = "nobody can tell whether a filter died"
+        elif any(len(each.never_alive) for each in summaries):
+            evidence = "no filter died after the first batch"
+        else:
+            evidence = "no filter died"
         return Claim(statement, "cannot tell", evidence)
-    revived = pd.concat([each[each["revival_iteration"].notna()] for each in later])
-    events = pd.concat([summary.run.events for summary in summaries])
-    collapsed = events[events["kind"] == "collapsed"]
-    back = int(collapsed["end_iteration"].notna().sum())
-    evidence = f"{len(revived):,} of {plural(deaths, 'death')} ended in a revival"
-    if len(revived):
+    revived = [each[each["revival_iteration"].notna()] for each in later]
+    back = sum(map(len, revived))
+    evidence = f"{back:,} of {plural(deaths, 'death')} after the first batch ended in a revival"
+    if back:
         evidence += f" ({_where(summaries, revived)})"
-    if collapsed.empty:
+    collapsed, grown = _collapses(summaries)
+    if not collapsed:
         evidence += "; no norm has collapsed, and that is what the paper calls zeroed out"
-        return Claim(statement, "leans against" if len(revived) else "leans towards", evidence)
-    norms = f"{back:,} of {plural(len(collapsed), 'collapsed norm')} grew again"
-    return Claim(statement, "contradicts" if back else "agrees", f"{norms}; {evidence}")
+        return Claim(statement, "leans against" if back else "leans towards", evidence)
+    norms = f"{grown:,} of {plural(collapsed, 'collapse')} of a norm ended in its growing again"
+    return Claim(statement, "contradicts" if grown else "agrees", f"{norms}; {evidence}")
 
 
-def _where(summaries: Sequence[RunSummary], revived: pd.DataFrame) -> str:
-    open_layers = {
-        layer.name for each in summaries for layer in each.run.layers if can_revive(layer)
-    }
-    after_sum = int(revived["layer"].isin(open_layers).sum())
-    counts = revived["layer"].value_counts().head(3)
-    named = [f"{printable(layer)} {count:,}" for layer, count in counts.items()]
-    return (
-        f"most in {join(named)}; {after_sum:,} in conv2 and downsample layers, whose ReLU follows "
-        f"the addition, {len(revived) - after_sum:,} in the stem and conv1 layers"
-    )
+def _collapses(summaries: Sequence[RunSummary]) -> tuple[int, int]:
+    """Return how many collapses lasted as long as a death must, and how many of them ended."""
+    collapsed = grown = 0
+    for each in summaries:
+        events = each.run.events
+        ended = events["end_iteration"].fillna(each.run.iteration_count)
+        long = (events["kind"] == "collapsed") & (ended - events["start_iteration"] >= each.window)
+        collapsed += int(long.sum())
+        grown += int(events.loc[long, "end_iteration"].notna().sum())
+    return collapsed, grown
+
+
+def _where(summaries: Sequence[RunSummary], revived: Sequence[pd.DataFrame]) -> str:
+    """Say in which layers the revivals were, and whether an addition stands before the activation.
+
+    A filter at zero gets a gradient only where it does.
+    """
+    counts = pd.concat(revived)["layer"].value_counts().head(3)
+    named = [f"{layer_name(layer)} ({count:,})" for layer, count in counts.items()]
+    addition: dict[bool | None, int] = {True: 0, False: 0, None: 0}
+    for summary, rows in zip(summaries, revived, strict=True):
+        known = {layer.index: layer.addition for layer in summary.run.layers}
+        for index in rows["layer_index"].tolist():
+            addition[known.get(index)] += 1
+    text = f"most in {join(named)}"
+    if addition[True] or addition[False]:
+        text += f"; {addition[True]:,} where an addition stands before the activation, "
+        text += f"{addition[False]:,} where none does"
+        text += f", {addition[None]:,} where the run does not say" if addition[None] else ""
+    return text
 
 
 def _mean(values: Sequence[float]) -> float:

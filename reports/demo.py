@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from pgt_diag.config import Method, RunConfig
-from pgt_diag.filters import EVENT_KINDS
+from pgt_diag.filters import EVENT_KINDS, deaths
 from reports.source import Window
 
 _BLOCK = ("conv1", "conv2")
@@ -28,6 +28,7 @@ RESNET18: tuple[tuple[str, int], ...] = (
     ),
 )
 """Names and filters of the 20 convolutions, in module order."""
+_AFTER_ADDITION = ("conv2", "downsample.0")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class DemoLayer:
     name: str
     index: int
     filters: int
+    addition: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class DemoRun:
             "created": "2026-01-01T00:00:00+00:00",
             "ended": "2026-01-01T02:00:00+00:00",
             "record_every": self.record_every,
-            "min_spell": 36,
+            "min_spell": max(1, self.iteration_count // 1000),
             "overhead": {"recorder_seconds": 41.0, "training_seconds": 7200.0},
             "gap_source": "avgpool",
         } | dict(self.extra)
@@ -96,7 +98,10 @@ class DemoRun:
     @cached_property
     def layers(self) -> tuple[DemoLayer, ...]:
         """All convolutions in module order."""
-        return tuple(DemoLayer(name, i, filters) for i, (name, filters) in enumerate(self.shape))
+        return tuple(
+            DemoLayer(name, i, filters, name.endswith(_AFTER_ADDITION))
+            for i, (name, filters) in enumerate(self.shape)
+        )
 
     @cached_property
     def events(self) -> pd.DataFrame:
@@ -106,6 +111,11 @@ class DemoRun:
         table = pd.DataFrame(rows, columns=columns)
         table["end_iteration"] = table["end_iteration"].astype("Int64")
         return table.sort_values("start_iteration", ignore_index=True)
+
+    @cached_property
+    def unknown_spells(self) -> pd.DataFrame:
+        """Nothing: every state is known."""
+        return self.events.iloc[:0]
 
     def state_counts(self, kind: str, /) -> pd.DataFrame:
         """Count, from the events, the filters of each layer in a state at every iteration.
@@ -168,7 +178,9 @@ class DemoRun:
         shape = 1 - np.exp(-4 * epoch / epochs)
         noise = self._rng(1000).normal(0, 0.25, (2, epochs)) * (1 - epoch / epochs + 0.2)
         loss = 6.9 - 5.4 * shape
-        dead = self.state_counts("zero_gradient").sum(axis=1).to_numpy()
+        table = deaths(self.events, self.iteration_count)
+        died = table["iteration"].to_numpy()
+        back = table["revival_iteration"].fillna(self.iteration_count).to_numpy(np.int64)
         last = np.maximum(epoch * self.iteration_count // epochs - 1, 0)
         seconds = np.full(epochs, 72.0)
         return pd.DataFrame(
@@ -183,7 +195,7 @@ class DemoRun:
                 "seconds": seconds,
                 "images_per_second": 92_000 / seconds,
                 "recorder_seconds": 0.41,
-                "dead_filters": dead[last] if len(dead) else 0,
+                "dead_filters": [int(((died <= at) & (back > at)).sum()) for at in last],
             }
         )
 
@@ -256,7 +268,7 @@ class DemoRun:
         share = self.mortality * (0.6 if layer.index == 1 else depth**2)
         dying = np.flatnonzero(rng.random(layer.filters) < share)
         begin = (rng.beta(2, 5, len(dying)) * 0.9 * self.iteration_count).astype(int)
-        revives = (rng.random(len(dying)) < 0.08) & layer.name.endswith(("conv2", "downsample.0"))
+        revives = (rng.random(len(dying)) < 0.08) & layer.name.endswith(_AFTER_ADDITION)
         pause = (0.03 * self.iteration_count * (1 + rng.random(len(dying)))).astype(int)
         return dying, begin, np.where(revives, begin + pause, -1)
 

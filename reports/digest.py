@@ -8,15 +8,17 @@ runs             one object per run
   lr, lr_rule                            peak, and what made it of the batch size; likewise
   iterations, planned_iterations         on disk so far; as planned (null if unknown)
   filters, dead                          of the whole network; dead at the end
+  unknown                                filters of which nobody can tell whether they are dead
   silent_from_start, died_later          the two parts of `dead`
+  deaths, revivals, died                 deaths = revivals + dead; filters that died at least once
   revived                                filters that were dead and recovered
   first_death                            the first of a filter that had lived, or null: layer,
                                          layer_index, filter, iteration, revival_iteration, cause
   decay_budget                           Σ lr·wd/(1−μ) of the run; 4.6 makes a norm collapse
   best_epoch                             by test accuracy, counted from 1; or the last
   train_accuracy, test_accuracy          of that epoch, in percent
-  layers                                 layer, index, filters, dead, silent_from_start,
-                                         revivals, first_death (an iteration)
+  layers                                 layer, index, filters, dead, silent_from_start, deaths,
+                                         revivals, died, unknown, first_death (an iteration)
 verdict          sentences (run, text), comparisons, warnings, and claims (statement,
                  judgement, evidence)
 table1, table2, table3                   one object per row of the paper's tables, as
@@ -78,8 +80,12 @@ def _run(summary: RunSummary) -> dict[str, Any]:
         "planned_iterations": planned if isinstance(planned, int) else None,
         "filters": summary.filters,
         "dead": summary.dead,
+        "unknown": len(summary.unknown),
         "silent_from_start": summary.silent_from_start,
         "died_later": summary.dead - summary.silent_from_start,
+        "deaths": summary.counts.deaths,
+        "revivals": summary.counts.revivals,
+        "died": summary.counts.died,
         "revived": len(summary.revived.drop_duplicates(["layer", "filter"])),
         "first_death": _first_death(summary),
         "decay_budget": _finite(summary.budget_since(0)),

@@ -23,13 +23,17 @@ STALL_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class LayerNow:
-    """A layer's dead filters: now, and over the run so far in equal stretches."""
+    """A layer's dead filters: now, and over the run so far in equal stretches.
+
+    `unknown` counts those of which nobody can tell whether they are dead.
+    """
 
     name: str
     index: int
     filters: int
     dead: int
     history: tuple[int, ...]
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Snapshot:
     silent_for: float
     filters: int
     dead: int
+    unknown: int
     layers: tuple[LayerNow, ...]
 
     @property
@@ -110,6 +115,7 @@ class Follower:
             silent_for=max(0.0, now - written),
             filters=sum(layer.filters for layer in run.layers),
             dead=sum(layer.dead for layer in layers),
+            unknown=sum(layer.unknown for layer in layers),
             layers=layers,
         )
 
@@ -143,9 +149,17 @@ def _known(value: float | None) -> float | None:
 
 def _layers(run: Run, columns: int) -> tuple[LayerNow, ...]:
     summary = RunSummary(run, run.name)
-    dead = zero_out_map(summary, columns).dead
+    found = zero_out_map(summary, columns)
+    counts = zip(run.layers, found.dead.to_numpy(), found.unknown.to_numpy(), strict=True)
     return tuple(
-        LayerNow(layer.name, layer.index, layer.filters, int(row[-1]), tuple(map(int, row)))
-        for layer, row in zip(run.layers, dead.to_numpy(), strict=True)
-        if len(row)
+        LayerNow(
+            layer.name,
+            layer.index,
+            layer.filters,
+            int(dead[-1]),
+            tuple(map(int, dead)),
+            int(unknown[-1]),
+        )
+        for layer, dead, unknown in counts
+        if len(dead)
     )

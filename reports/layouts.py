@@ -9,10 +9,8 @@ import pandas as pd
 
 from pgt_diag.config import Method, Norm, RunConfig
 from pgt_diag.paper import TABLE_1, TABLE_2, TABLE_3, TABLE_3_MODEL
+from reports.roles import SETTING
 from reports.text import METHOD_NAMES
-
-SETTING_KEYS = ("model", "dataset", "epochs", "norm", "stem", "image_size", "augment")
-"""What two runs must share, beside batch size and seed, for their difference to mean the method."""
 
 _KEYS = ("model", "schedule", "label_smoothing", "method", "alpha")
 _DIFFERENCES = ("train_accuracy", "train_difference", "test_accuracy", "test_difference")
@@ -127,7 +125,7 @@ LAYOUTS = {
         heads=("model", "schedule", "method", "alpha"),
         match=_KEYS,
         group=("model", "schedule", "label_smoothing"),
-        setting=("dataset", "epochs", "batch_size", "label_smoothing", *SETTING_KEYS[4:]),
+        setting=("dataset", "epochs", "batch_size", "label_smoothing", *SETTING[4:]),
         values=_DIFFERENCES,
         paper_values=_DIFFERENCES,
         paper=_table_1(),
@@ -142,7 +140,7 @@ LAYOUTS = {
         heads=("batch_size", "method", "alpha"),
         match=("batch_size", "method"),
         group=("batch_size",),
-        setting=SETTING_KEYS,
+        setting=SETTING,
         values=_DIFFERENCES,
         paper_values=_DIFFERENCES,
         paper=_table_2(),
@@ -158,7 +156,7 @@ LAYOUTS = {
         heads=("schedule", "label_smoothing", "method", "alpha"),
         match=_KEYS,
         group=("model",),
-        setting=("model", "dataset", "epochs", "batch_size", *SETTING_KEYS[4:]),
+        setting=("model", "dataset", "epochs", "batch_size", *SETTING[4:]),
         values=("train_accuracy", "test_accuracy", "test_difference", "gap"),
         paper_values=("train_accuracy", "test_accuracy", "gap"),
         paper=_table_3(),

@@ -10,11 +10,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from pgt_diag.errors import ConfigurationError
-from pgt_diag.filters import EVENT_KINDS, death_window
+from pgt_diag.filters import EVENT_KINDS, MIN_DEATH_WINDOW
 from pgt_diag.text import printable
 from reports.lines import PackedLines, pack, thin
 from reports.source import Layer
 from reports.summary import RunSummary
+from reports.text import layer_name
 
 DEFAULT_LAYERS: tuple[int | str, ...] = (11, 19)
 """The layers of the paper's Fig. 3, counted from 0 over all convolutions."""
@@ -49,7 +50,8 @@ class Panel:
     cause. events: kind, filter, start_iteration, end_iteration. `top` and `bottom`, the largest
     and the smallest norm, are shared by a row's panels. `stored` is the number of rows that the
     run has, of which `norms` may hold fewer. `cut` says that events were left out, `apart` that
-    the run diverged and the panel has a range of its own.
+    the run diverged and the panel has a range of its own. `window` is how long a filter must be
+    dead to count, `unknown` the filters of which nobody can tell whether they died.
     """
 
     letter: str
@@ -65,6 +67,8 @@ class Panel:
     stored: int = 0
     cut: bool = False
     apart: bool = False
+    window: int = MIN_DEATH_WINDOW
+    unknown: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,12 +194,14 @@ def affordable_rows(lines: int, most_rows: int, most_bytes: int) -> int:
 def _layer_panel(run: int, summary: RunSummary, layer: Layer | None, rows: int) -> Panel:
     if layer is None:
         return _empty(run, "no such layer", "this run's network has no such layer")
-    subject = f"layer {layer.index} filters · {layer.name}"
+    subject = f"layer {layer.index} filters · {layer_name(layer.name)}"
     norms = summary.run.weight_norms(layer.name)
     if norms.empty:
         return _empty(run, subject, "no row is stored yet")
     lowest = summary.run.weight_norms(layer.name, window="min")
     deaths = summary.deaths[summary.deaths["layer"] == layer.name]
+    undecided = summary.undecided
+    unknown = undecided.loc[undecided["layer"] == layer.name, "filter"]
     events = summary.run.events
     return Panel(
         letter="",
@@ -209,6 +215,8 @@ def _layer_panel(run: int, summary: RunSummary, layer: Layer | None, rows: int) 
         top=_highest(norms),
         bottom=_lowest(norms),
         apart=summary.run.status == "diverged",
+        window=summary.window,
+        unknown=tuple(int(filter_) for filter_ in unknown),
     )
 
 
@@ -223,11 +231,12 @@ def _gap_panel(run: int, summary: RunSummary, rows: int) -> Panel:
         unit="feature",
         norms=thin(norms, rows, summary.run.gap_norms(window="min")),
         stored=len(norms),
-        deaths=silent_features(norms, death_window(summary.run.iteration_count)),
+        deaths=silent_features(norms, summary.window),
         events=_NO_EVENTS,
         top=_highest(norms),
         bottom=_lowest(norms),
         apart=summary.run.status == "diverged",
+        window=summary.window,
     )
 
 

@@ -2,19 +2,23 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from operator import itemgetter
 from typing import Any
 
 import pandas as pd
 
-from pgt_diag.filters import death_window
+from pgt_diag.filters import MIN_DEATH_WINDOW, DeathCounts
 from pgt_diag.text import printable, quoted
 from reports.layouts import Layout
 from reports.sections import Islands
 from reports.source import Run
 from reports.summary import Epoch, RunSummary
 from reports.tables import fitting_layouts, paper_table
-from reports.text import METHOD_NAMES, number, plural, share
+from reports.text import METHOD_NAMES, death_counts, number, plural, share
+
+MAX_SINGLE_COUNTS = 4
+"""Runs up to which the deaths of each are counted in a sentence of its own."""
 
 MAX_DEATHS = 20_000
 """Most rows of the table of deaths; the page stays under a megabyte and a half for them."""
@@ -43,15 +47,36 @@ def deaths(summaries: Sequence[RunSummary], islands: Islands) -> dict[str, objec
     rows = sorted(rows, key=itemgetter(columns.index("iteration")))[:MAX_DEATHS]
     if rows:
         islands["deaths-data"] = {"columns": columns, "rows": rows}
-    windows = {death_window(summary.run.iteration_count) for summary in summaries} or {10}
+    windows = {summary.window for summary in summaries} or {MIN_DEATH_WINDOW}
     return {
         "columns": columns,
         "sorted": columns.index("iteration"),
         "rows": rows,
         "total": total,
         "cut": total > len(rows),
+        "counts": _death_counts(summaries),
+        "none": _none(summaries),
         "window": " or ".join(plural(window, "iteration") for window in sorted(windows)),
     }
+
+
+def _none(summaries: Sequence[RunSummary]) -> str:
+    """Say that no death is known."""
+    if undecided := sum(len(each.undecided) for each in summaries):
+        return f"No death is known; of {plural(undecided, 'filter')} nobody can tell."
+    return "No filter died in these runs."
+
+
+def _death_counts(summaries: Sequence[RunSummary]) -> list[str]:
+    """Say of each run, or of many runs together, how deaths, revivals and the dead add up."""
+    if len(summaries) <= MAX_SINGLE_COUNTS:
+        return [
+            f"{each.label}: {death_counts(each.counts)}."
+            for each in summaries
+            if each.counts.deaths
+        ]
+    each_run = [astuple(summary.counts) for summary in summaries]
+    return [f"{death_counts(DeathCounts(*map(sum, zip(*each_run, strict=True))))}."]
 
 
 EPOCH_NOTES = {
@@ -118,12 +143,18 @@ def _table_row(row: dict[Any, Any], layout: Layout) -> dict[str, Any]:
         "runs": row["runs"],
         "note": "; ".join(filter(None, (row["variant"], row["note"]))),
         "cells": cells,
-        "dead": "–" if missing else number(row["dead"], 0 if row["runs"] == 1 else 1),
+        "dead": "–" if missing else _dead(row),
         "paper": [
             _cell(row, f"paper_{column}", math.nan, digits=2 if "train" in column else 3)
             for column in layout.paper_values
         ],
     }
+
+
+def _dead(row: dict[Any, Any]) -> str:
+    digits = 0 if row["runs"] == 1 else 1
+    unknown = f", {number(row['unknown'], digits)} unknown" if row["unknown"] else ""
+    return number(row["dead"], digits) + unknown
 
 
 def _head(name: str, value: Any) -> str:

@@ -15,7 +15,7 @@ from pgt_diag.filters import EVENT_KINDS
 from pgt_diag.text import printable
 from reports import figures, panels, sprites, stills, zeroout
 from reports.summary import RunSummary
-from reports.text import number, plural, share
+from reports.text import dead_share, layer_name, number, plural, share
 
 Islands = MutableMapping[str, object]
 
@@ -67,8 +67,7 @@ def _panel(
 ) -> dict[str, object]:
     panel, key = packed.panel, f"panel-{len(islands)}"
     label, filters = summaries[panel.run].label, packed.lines.lines
-    died = panel.deaths["filter"].nunique()
-    said = f"{died:,} of {plural(filters, panel.unit)} died" if filters else ""
+    said = _who_died(panel, filters) if filters else ""
     said += ", diverged: own y axis" if filters and panel.apart else ""
     subject = printable(panel.subject, 80)
     if not panel.message:
@@ -86,6 +85,15 @@ def _panel(
     }
 
 
+def _who_died(panel: panels.Panel, filters: int) -> str:
+    died = panel.deaths["filter"].nunique()
+    dead = int(panel.deaths["revival_iteration"].isna().sum())
+    end = "dead at the end" if panel.unit == "filter" else "zero at the end"
+    text = f"{dead:,} of {plural(filters, panel.unit)} {end}"
+    text += f", {died:,} died at least once" if died != dead else ""
+    return text + (f", {len(panel.unknown):,} unknown" if panel.unknown else "")
+
+
 def _panel_island(packed: panels.PackedPanel) -> dict[str, object]:
     panel = packed.panel
     return {
@@ -100,6 +108,8 @@ def _panel_island(packed: panels.PackedPanel) -> dict[str, object]:
             ("kind", "filter", "from", "to"),
         ),
         "cut": panel.cut,
+        "window": panel.window,
+        "unknown": panel.unknown,
     }
 
 
@@ -124,7 +134,7 @@ def figure4(summaries: Sequence[RunSummary]) -> dict[str, Any] | None:
     if not drawn:
         return None
     layers = dict.fromkeys(
-        f"layer {sprites.layer_position(summary.run, each.layer)} ({printable(each.layer)})"
+        f"layer {sprites.layer_position(summary.run, each.layer)} ({layer_name(each.layer)})"
         for summary, each in drawn
     )
     images = max((each.labels for _, each in drawn), key=len)
@@ -177,14 +187,16 @@ def zero_out(summaries: Sequence[RunSummary], islands: Islands) -> list[dict[str
         islands[key] = {
             "edges": each.dead.columns.tolist(),
             "dead": each.dead.to_numpy().tolist(),
-            "layers": [printable(name) for name in layers.index],
+            "unknown": each.unknown.to_numpy().tolist() if len(summary.unknown) else None,
+            "layers": [layer_name(name) for name in layers.index],
             "filters": layers["filters"].tolist(),
         }
         shown.append(
             {
                 "label": summary.label,
                 "island": key,
-                "uri": zeroout.map_png(each.share),
+                "uri": zeroout.map_png(each.share, each.unknown),
+                "unknown": bool((each.unknown > 0).any(axis=None)),
                 "end": f"{each.iteration_count:,}",
                 "rows": [_layer_row(str(name), row) for name, row in layers.iterrows()],
                 "revivals": _revival_marks(each, list(layers.index)),
@@ -198,8 +210,9 @@ def _layer_row(name: str, row: "pd.Series[Any]") -> dict[str, object]:
         "index": row["index"],
         "layer": printable(name),
         "dead": row["dead"],
+        "unknown": row["unknown"],
         "filters": row["filters"],
-        "share": share(row["dead"], row["filters"]) if row["dead"] else "0",
+        "share": dead_share(row["dead"], row["unknown"], row["filters"]),
         "revivals": row["revivals"] or "–",
         "first": "–" if pd.isna(row["first_death"]) else f"{row['first_death']:,}",
     }
@@ -304,7 +317,7 @@ def _clipping_sentences(summary: RunSummary) -> list[str]:
     if not activity.empty:
         layer, clipped, factor = max(activity.itertuples(name=None), key=lambda row: row[1])
         sentences.append(
-            f"{summary.label}: AGC clipped most in {printable(layer)}: {number(clipped, 1)} % of "
+            f"{summary.label}: AGC clipped most in {layer_name(layer)}: {number(clipped, 1)} % of "
             f"its filters' steps, mean factor {number(factor, 3)}."
         )
     return sentences

@@ -17,7 +17,10 @@ Window = Literal["min", "max"]
 
 
 class Layer(Protocol):
-    """One convolution; `index` counts all convolutions in module order, as the paper does."""
+    """One convolution; `index` counts all convolutions in module order, as the paper does.
+
+    `addition`: whether an addition stands before its activation; None where that is not known.
+    """
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -25,6 +28,8 @@ class Layer(Protocol):
     def index(self) -> int: ...  # noqa: D102
     @property
     def filters(self) -> int: ...  # noqa: D102
+    @property
+    def addition(self) -> bool | None: ...  # noqa: D102
 
 
 class FeatureMaps(Protocol):
@@ -68,6 +73,8 @@ class Run(Protocol):
     def iteration_count(self) -> int: ...  # noqa: D102
     @property
     def events(self) -> pd.DataFrame: ...  # noqa: D102
+    @property
+    def unknown_spells(self) -> pd.DataFrame: ...  # noqa: D102
     @property
     def feature_maps(self) -> Sequence[FeatureMaps]: ...  # noqa: D102
 

@@ -83,13 +83,14 @@ def _draw(pixels: np.ndarray, norms: pd.DataFrame, span: int, low: float, high: 
 def _dense(norms: pd.DataFrame, span: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Return positions in pixels and values, at least two to a pixel column."""
     x = norms.index.to_numpy(np.float64) * width / span
-    values = norms.to_numpy(np.float32)
+    values = norms.to_numpy(np.float64)  # the largest float32 times 1.04 is none
+    values = np.where(np.isfinite(values), values, np.nan)  # 0 × ∞ is not for a picture
     count = 2 * int(np.ceil(x[-1] - x[0])) + 1
     if len(x) >= count or len(x) < 2:
         return x, values
     wanted = np.linspace(x[0], x[-1], count)
     after = np.clip(np.searchsorted(x, wanted), 1, len(x) - 1)
-    share = ((wanted - x[after - 1]) / (x[after] - x[after - 1]))[:, None].astype(np.float32)
+    share = ((wanted - x[after - 1]) / (x[after] - x[after - 1]))[:, None]
     return wanted, values[after - 1] * (1 - share) + values[after] * share
 
 

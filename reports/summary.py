@@ -9,15 +9,13 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
-from pgt_diag.filters import deaths, decay_budget
-from reports.source import Layer, Run
+from pgt_diag.filters import DeathCounts, count_deaths, death_window, deaths, decay_budget
+from pgt_diag.reading import is_count
+from reports.source import Run
 from reports.text import run_labels
 
 NORM_TEST_BUDGET = math.log(100)
 """Decay budget at which a dead filter's norm reaches 1e-2 of its value (ln 100 ≈ 4.6)."""
-
-ABSORBING_SUFFIX = "conv1"
-"""Layers that cannot revive: the stem and each block's first convolution end in it."""
 
 
 class Epoch(StrEnum):
@@ -63,20 +61,53 @@ class RunSummary:
     epoch: Epoch = Epoch.BEST
 
     @cached_property
+    def window(self) -> int:
+        """How many iterations a filter must be dead to count; `pgt_diag.filters.death_window`."""
+        planned, min_spell = (
+            value if is_count(value) else 0
+            for value in map(self.run.info.get, ("planned_iterations", "min_spell"))
+        )
+        return death_window(planned or self.run.iteration_count, min_spell)
+
+    @cached_property
     def deaths(self) -> pd.DataFrame:
         """One row per death; see `pgt_diag.filters.deaths`."""
-        return deaths(self.run.events, self.run.iteration_count)
+        return deaths(self.run.events, self.run.iteration_count, self.window)
+
+    @cached_property
+    def counts(self) -> DeathCounts:
+        """How often the filters died; every count on a page is one of these."""
+        return count_deaths(self.deaths)
 
     @cached_property
     def lasting(self) -> pd.DataFrame:
         """The deaths that last to the end, one row per filter."""
-        lasting = self.deaths[self.deaths["revival_iteration"].isna()]
-        return lasting.drop_duplicates(["layer", "filter"])
+        return self.deaths[self.deaths["revival_iteration"].isna()]
 
     @cached_property
     def revived(self) -> pd.DataFrame:
         """The deaths that ended before the run did."""
         return self.deaths[self.deaths["revival_iteration"].notna()]
+
+    @cached_property
+    def possible(self) -> pd.DataFrame:
+        """The deaths there were if all that could not be seen was silent or without gradient."""
+        unseen = self.run.unknown_spells
+        if unseen.empty:
+            return self.deaths
+        events = pd.concat([self.run.events, unseen], ignore_index=True)
+        return deaths(events, self.run.iteration_count, self.window)
+
+    @cached_property
+    def unknown(self) -> pd.DataFrame:
+        """The filters of which nobody can tell whether they are dead at the end, a row each."""
+        maybe = self.possible[self.possible["revival_iteration"].isna()]
+        return _without(maybe, self.lasting)
+
+    @cached_property
+    def undecided(self) -> pd.DataFrame:
+        """The filters of which nobody can tell whether they ever died, a row each."""
+        return _without(self.possible, self.deaths)
 
     @property
     def filters(self) -> int:
@@ -86,7 +117,7 @@ class RunSummary:
     @property
     def dead(self) -> int:
         """Number of filters dead at the end."""
-        return len(self.lasting)
+        return self.counts.dead
 
     @cached_property
     def never_alive(self) -> pd.DataFrame:
@@ -124,10 +155,12 @@ class RunSummary:
 
     @cached_property
     def by_layer(self) -> pd.DataFrame:
-        """One row per layer: index, filters, dead, silent_from_start, revivals, first_death.
+        """One row per layer: index, filters, dead, silent_from_start, deaths, revivals, died,
+        unknown, first_death.
 
-        `silent_from_start` counts those of the dead that were never alive; `first_death` (Int64)
-        is the earliest of the others.
+        `silent_from_start` counts those of the dead that were never alive; `deaths` is `dead` plus
+        `revivals`, and `died` the filters that they are of; `first_death` (Int64) is the earliest
+        of a filter that had lived.
         """
         layers = self.run.layers
         table = pd.DataFrame(
@@ -141,7 +174,10 @@ class RunSummary:
         counted = {
             "dead": self.lasting,
             "silent_from_start": self.lasting[never],
+            "deaths": self.deaths,
             "revivals": self.revived,
+            "died": self.deaths.drop_duplicates(["layer", "filter"]),
+            "unknown": self.unknown,
         }
         for name, rows in counted.items():
             table[name] = rows.groupby("layer").size().reindex(table.index).fillna(0).astype(int)
@@ -182,9 +218,11 @@ def summarise(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> list[RunSummary
     return [RunSummary(run, label, epoch) for run, label in zip(runs, labels, strict=True)]
 
 
-def can_revive(layer: Layer) -> bool:
-    """Say whether a filter at zero can still receive gradient: only where a sum precedes ReLU."""
-    return not layer.name.endswith(ABSORBING_SUFFIX)
+def _without(filters: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
+    """Return a row for each filter of one table of deaths that the other does not have."""
+    key = ["layer_index", "filter"]
+    rows = filters.drop_duplicates(key)
+    return rows[~pd.MultiIndex.from_frame(rows[key]).isin(pd.MultiIndex.from_frame(others[key]))]
 
 
 def _is_not_baseline(run: Run) -> bool:

@@ -1,67 +1,51 @@
 """The paper's Tables 1, 2 and 3, filled from runs, as DataFrames."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from pgt_diag.config import Method, RunConfig
 from pgt_diag.paper import TABLE_3_MODEL
-from reports.layouts import LAYOUTS, SETTING_KEYS, Layout, is_batch_normalised, method_place
+from reports.intervals import interval95, leaves_zero_out
+from reports.layouts import LAYOUTS, Layout, is_batch_normalised, method_place
+from reports.roles import METHOD, RECIPE, SETTING, data_label, data_of, trained_with
 from reports.source import Run
 from reports.summary import Epoch, RunSummary, summarise
-from reports.text import join
+from reports.text import join, runs_of_seeds
 
 PAPER_TABLE_2 = LAYOUTS[2].paper
 """Table 2 of the paper: non-BN ResNet-18 on ImageNet-1K, accuracies in percent."""
 
-RECIPE_KEYS = (
-    "lr", "weight_decay", "momentum", "nesterov", "decay_biases", "schedule", "step_epochs",
-    "warmup_epochs", "warmup_lr", "warmup_prefix", "cooldown_epochs", "min_lr", "lr_update",
-    "label_smoothing",
-)  # fmt: skip
-"""What a pair should share as well; where it cannot, the difference is not the method's alone."""
+PAIRED_BY = ["setting", "data", "batch_size", "seed"]
+"""The columns that a run and its baseline share."""
 
-METHOD_KEYS = ("clip_norm", "agc_clip_factor", "agc_eps", "agc_classifier")
-"""A method's own options: with RECIPE_KEYS, what tells repetitions of a cell from variants."""
+OPTIONS = METHOD[2:]
+"""A method's own options: with RECIPE, what tells repetitions of a cell from variants."""
 
 MARKED = ("train_accuracy", "test_accuracy", "train_difference", "test_difference")
 """The columns whose best value is marked, as in the paper."""
-
-# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom (then nearly normal).
-_T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-
-
-def interval95(values: Iterable[float]) -> float:
-    """Return the half-width of the 95 % interval of a mean (Student's t); NaN for fewer than 2."""
-    sample = np.asarray([value for value in values if math.isfinite(value)])
-    if len(sample) < 2:
-        return math.nan
-    quantile = _T95[len(sample) - 2] if len(sample) - 2 < len(_T95) else 1.96
-    return float(quantile * sample.std(ddof=1) / math.sqrt(len(sample)))
 
 
 def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
     """Return one row per run: setting, batch size, seed, method, alpha, status, accuracies, dead.
 
+    `data` numbers the sets of images that the runs have; runs of other images are other settings.
     Accuracies are those of the epoch that the summaries are made for. A run without a configuration
     has its label as method and no batch size.
     """
     rows = []
-    for summary in summaries:
+    runs = [summary.run for summary in summaries]
+    for summary, data in zip(summaries, data_of(runs), strict=True):
         run, accuracy = summary.run, summary.accuracy
         config = run.config
         rows.append(
             {
                 "label": summary.label,
                 "status": run.status,
-                "setting": _setting(run, SETTING_KEYS),
+                "setting": _setting(run, SETTING),
+                "data": data,
                 "batch_size": config.batch_size if config else None,
                 "seed": config.seed if config else None,
                 "method": str(config.method) if config else summary.label,
@@ -69,12 +53,13 @@ def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
                 "model": config.model if config else None,
                 "schedule": str(config.schedule) if config else None,
                 "label_smoothing": config.label_smoothing if config else math.nan,
-                "recipe": _values(run, RECIPE_KEYS),
-                "options": _values(run, METHOD_KEYS),
+                "recipe": trained_with(run, RECIPE),
+                "options": trained_with(run, OPTIONS),
                 "train_accuracy": accuracy.train if accuracy else math.nan,
                 "test_accuracy": accuracy.test if accuracy else math.nan,
                 "gap": accuracy.train - accuracy.test if accuracy else math.nan,
                 "dead": summary.dead,
+                "unknown": len(summary.unknown),
                 "filters": summary.filters,
             }
         )
@@ -82,30 +67,22 @@ def runs_table(summaries: Sequence[RunSummary]) -> pd.DataFrame:
     return table.astype({"batch_size": "Int64", "seed": "Int64"}) if rows else table
 
 
-def _values(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
-    if run.config is None:
-        return ()
-    # What two runs were trained with, whichever rule made it.
-    values = {"lr": run.config.peak_lr}
-    return tuple(str(values.get(key, getattr(run.config, key))) for key in keys)
-
-
 def paired_differences(table: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each run, its difference to the baseline of the same setting, batch and seed.
+    """Return, for each run, its difference to the baseline of the same setting, data, batch, seed.
 
     table: as `runs_table` makes it, finished runs only. Of several such baselines those with the
     run's own recipe (learning rate and so on) are meant; without one, all if they share a recipe,
     and none otherwise. Columns train_difference, test_difference and dead_difference, NaN for
-    baselines and where no baseline matches, and confounded: names of RECIPE_KEYS that differ.
+    baselines and where no baseline matches, and confounded: names of RECIPE that differ. The
+    difference in dead filters is NaN, too, where it is unknown whether some of them are dead.
     """
-    key = ["setting", "batch_size", "seed"]
     names = {"train_accuracy": "train", "test_accuracy": "test", "dead": "dead"}
     columns = [f"{name}_difference" for name in names.values()]
     differences = pd.DataFrame(math.nan, index=table.index, columns=columns)
     confounded: dict[object, tuple[str, ...]] = {}
-    baselines = dict(list(table[table["method"] == "baseline"].groupby(key)))
+    baselines = dict(list(table[table["method"] == "baseline"].groupby(PAIRED_BY)))
     for row, run in table[table["method"] != "baseline"].iterrows():
-        found = baselines.get(tuple(run[key]))
+        found = baselines.get(tuple(run[PAIRED_BY]))
         if found is None:
             continue
         same = found[found["recipe"] == run["recipe"]]
@@ -114,7 +91,9 @@ def paired_differences(table: pd.DataFrame) -> pd.DataFrame:
         chosen = found if same.empty else same
         for value, name in names.items():
             differences.loc[row, f"{name}_difference"] = run[value] - chosen[value].mean()
-        pairs = zip(RECIPE_KEYS, run["recipe"], chosen["recipe"].iloc[0], strict=True)
+        if run["unknown"] or chosen["unknown"].any():
+            differences.loc[row, "dead_difference"] = math.nan
+        pairs = zip(RECIPE, run["recipe"], chosen["recipe"].iloc[0], strict=True)
         confounded[row] = tuple(
             name.replace("_", " ") for name, mine, theirs in pairs if mine != theirs
         )
@@ -139,7 +118,7 @@ def paper_table(layout: Layout, runs: Sequence[Run], epoch: Epoch = Epoch.BEST) 
     if summaries:
         usable = table[table["status"] == "finished"]
         table = table.join(paired_differences(usable))
-        table["setting"] = [_setting(each.run, layout.setting) for each in summaries]
+        table["setting"] = _settings([each.run for each in summaries], layout)
         table = _with_lr_rule(table, summaries)
         ours = [_cell(key, group) for key, group in _cells(table, layout)]
     have = {_known(row, layout.match) for row in ours}
@@ -153,7 +132,7 @@ def paper_table(layout: Layout, runs: Sequence[Run], epoch: Epoch = Epoch.BEST) 
     if "batch_size" in layout.keys:
         result = result.astype({"batch_size": "Int64"})
     result = _beside_paper(_in_paper_order(result, layout), layout)
-    return _mark_best(result, layout)
+    return _mark_best(result, ours, layout)
 
 
 def table1(runs: Sequence[Run], epoch: Epoch = Epoch.BEST) -> pd.DataFrame:
@@ -202,10 +181,10 @@ def _known(row: Mapping[Any, Any], keys: Sequence[str]) -> tuple[object, ...]:
 
 
 _COLUMNS = [
-    "variant", "runs", "note",
+    "variant", "runs", "seeds", "note",
     "train_accuracy", "train_spread", "test_accuracy", "test_spread", "gap", "gap_spread",
     "pairs", "train_difference", "train_interval", "test_difference", "test_interval",
-    "dead", "filters",
+    "dead", "unknown", "filters",
 ]  # fmt: skip
 
 
@@ -220,6 +199,21 @@ def _setting(run: Run, keys: Sequence[str]) -> str:
         if values[key] not in (None, "auto", "none", 0.0)
     ]
     return ", ".join(shown)
+
+
+def _settings(runs: Sequence[Run], layout: Layout) -> list[str]:
+    """Return each run's setting, and of what data it is where others with that setting differ."""
+    plain = [_setting(run, layout.setting) for run in runs]
+    data = data_of(runs)
+    told = []
+    for run, setting, number in zip(runs, plain, data, strict=True):
+        others = [
+            other
+            for other, theirs, place in zip(runs, plain, data, strict=True)
+            if theirs == setting and place != number
+        ]
+        told.append(f"{setting}, {data_label(run, others)}" if others and run.config else setting)
+    return told
 
 
 def _with_lr_rule(table: pd.DataFrame, summaries: Sequence[RunSummary]) -> pd.DataFrame:
@@ -274,7 +268,7 @@ def _variants(group: pd.DataFrame) -> list[str]:
     The learning rate also where only the rows of other cells have another one.
     """
     values = (group["recipe"] + group["options"]).tolist()
-    keys = RECIPE_KEYS + METHOD_KEYS
+    keys = RECIPE + OPTIONS
     told = {"lr"} if group["own_lr"].any() else set()
     differing = [
         place
@@ -292,25 +286,31 @@ def _cell(key: dict[str, object], group: pd.DataFrame) -> dict[str, object]:
     unfinished = group[group["status"] != "finished"]["status"].value_counts()
     counts = ", ".join(f"{count} {status}" for status, count in unfinished.items())
     used = finished
-    note = f"left out: {counts}" if counts else ""
+    notes = [f"left out: {counts}" if counts else ""]
     if finished.empty:
         used = group
-        note = f"best so far, {counts}" if group["test_accuracy"].notna().any() else counts
-    cell = key | {"runs": len(used), "note": note, "filters": int(group["filters"].iloc[0])}
-    cell["pairs"] = int(used["test_difference"].notna().sum())
+        notes = [f"best so far, {counts}" if group["test_accuracy"].notna().any() else counts]
     confounded = {name for names in used["confounded"].dropna() for name in names}
     if confounded:
-        said = f"differs from its baseline in {join(sorted(confounded))} too"
-        cell["note"] = "; ".join(filter(None, (note, said)))
-    cell["dead"] = float(used["dead"].mean())
-    cell["gap"] = float(used["gap"].mean())
-    cell["gap_spread"] = float(used["gap"].std(ddof=1)) if len(used) > 1 else math.nan
+        notes.append(f"differs from its baseline in {join(sorted(confounded))} too")
+    # Runs of one seed are one observation, however often it was repeated.
+    numbers = used.select_dtypes("number").drop(columns="seed").astype(float)
+    seeds = numbers.groupby(used["seed"].astype(object).fillna(-1)).mean()
+    if len(seeds) < len(used):
+        notes.append(runs_of_seeds(len(used), len(seeds)))
+    note = "; ".join(filter(None, notes))
+    cell = key | {"runs": len(used), "note": note, "filters": int(group["filters"].iloc[0])}
+    cell |= {"seeds": len(seeds), "pairs": int(seeds["test_difference"].notna().sum())}
+    cell |= {name: float(seeds[name].mean()) for name in ("dead", "unknown", "gap")}
+    cell["gap_spread"] = float(seeds["gap"].std(ddof=1))
     for part in ("train", "test"):
-        accuracy, difference = used[f"{part}_accuracy"], used[f"{part}_difference"].dropna()
+        accuracy, difference = seeds[f"{part}_accuracy"], seeds[f"{part}_difference"].dropna()
         cell[f"{part}_accuracy"] = float(accuracy.mean())
-        cell[f"{part}_spread"] = float(accuracy.std(ddof=1)) if len(used) > 1 else math.nan
-        cell[f"{part}_difference"] = float(difference.mean()) if len(difference) else math.nan
+        cell[f"{part}_spread"] = float(accuracy.std(ddof=1))
+        cell[f"{part}_difference"] = float(difference.mean())
         cell[f"{part}_interval"] = interval95(difference)
+        cell[f"{part}_gains"] = leaves_zero_out(difference) and float(difference.mean()) > 0
+        cell[f"{part}_by_seed"] = accuracy
     return cell
 
 
@@ -342,18 +342,46 @@ def _beside_paper(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
     return table.merge(paper, on=list(layout.match), how="left")
 
 
-def _mark_best(table: pd.DataFrame, layout: Layout) -> pd.DataFrame:
-    """Add best_* (of ours) and best_paper_*: the largest of the setting and group."""
+def _mark_best(table: pd.DataFrame, ours: Sequence[dict[str, Any]], layout: Layout) -> pd.DataFrame:
+    """Add best_* (of ours) and best_paper_*: the largest of the setting and group.
+
+    One of ours is the best only where it is more than chance: over the seeds that it shares with
+    each of the others, the 95 % interval of its difference leaves 0 out; for a gain, that of the
+    gain as well. The paper's own are marked as it marks them.
+    """
+    by_row = {_row_key(row, layout): row for row in ours}
+    rows = [by_row.get(_row_key(row, layout)) for row in table.to_dict("records")]
+    for part in ("train", "test"):
+        clear = [row is not None and _clearly_best(row, part, ours, layout) for row in rows]
+        table[f"best_{part}_accuracy"] = clear
+        table[f"best_{part}_difference"] = [
+            row is not None and row[f"{part}_gains"] and _clearly_best(row, part, others, layout)
+            for row in rows
+            for others in [[each for each in ours if each["method"] != Method.BASELINE]]
+        ]
     for column in MARKED:
-        for name, group in (
-            (column, ["setting", *layout.group]),
-            (f"paper_{column}", list(layout.group)),
-        ):
-            value = table[name].astype(float)
-            best = value.groupby([table[key] for key in group], dropna=False).transform("max")
-            alone = value.groupby([table[key] for key in group], dropna=False).transform("count")
-            # The best of one is no distinction; a difference is one already, being of two runs.
-            enough = alone >= (1 if "difference" in name else 2)
-            positive = (value > 0) | ("difference" not in name)
-            table[f"best_{name}"] = value.notna() & (value == best) & enough & positive
+        value = table[f"paper_{column}"].astype(float)
+        best = value.groupby([table[key] for key in layout.group], dropna=False).transform("max")
+        alone = value.groupby([table[key] for key in layout.group], dropna=False).transform("count")
+        # The best of one is no distinction; a difference is one already, being of two runs.
+        enough = alone >= (1 if "difference" in column else 2)
+        positive = (value > 0) | ("difference" not in column)
+        table[f"best_paper_{column}"] = value.notna() & (value == best) & enough & positive
     return table
+
+
+def _row_key(row: Mapping[Any, Any], layout: Layout) -> tuple[object, ...]:
+    return _known(row, ("setting", *layout.keys, "variant"))
+
+
+def _clearly_best(
+    row: Mapping[Any, Any], part: str, rows: Sequence[Mapping[Any, Any]], layout: Layout
+) -> bool:
+    """Whether a row's accuracy is above that of every other of its setting and group."""
+    group = ("setting", *layout.group)
+    others = [
+        each for each in rows if each is not row and _known(each, group) == _known(row, group)
+    ]
+    values = row[f"{part}_by_seed"]
+    apart = [(values - each[f"{part}_by_seed"]).dropna() for each in others]
+    return all(leaves_zero_out(each) and each.mean() > 0 for each in apart)

@@ -3,11 +3,13 @@
 import html
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pgt_diag.config import Method
+from pgt_diag.filters import DeathCounts
 from pgt_diag.text import printable
 from reports.source import Run
 
@@ -70,14 +72,44 @@ def share(part: float, whole: float) -> str:
     return f"{percent:.2f} %" if 0 < percent < 1 else f"{percent:.1f} %"
 
 
+def dead_share(dead: int, unknown: int, filters: int) -> str:
+    """Return which share of a layer is dead: '0', '25.0 %', or 'unknown' where that is not told."""
+    if unknown:
+        return "unknown"
+    return share(dead, filters) if dead else "0"
+
+
 def plural(count: int, noun: str) -> str:
     """Return '1 filter', '4,800 filters'."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def runs_of_seeds(runs: int, seeds: int) -> str:
+    """Return '3 runs', or '3 runs of one seed': the same seed again is no further observation."""
+    told = plural(runs, "run")
+    if seeds == runs:
+        return told
+    return f"{told} of {plural(seeds, 'seed') if seeds > 1 else 'one seed'}"
+
+
 def join(words: Sequence[str]) -> str:
     """Return 'a, b and c'."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def layer_name(name: object) -> str:
+    """Return a layer's name as a sentence takes it: that of a Sequential's layer is a number."""
+    shown = printable(name)
+    return f"module {shown}" if re.fullmatch(r"[0-9.]+", shown) else shown
+
+
+def death_counts(counts: DeathCounts) -> str:
+    """Return what relates the numbers of deaths, of filters that died, revivals and the dead."""
+    last = "last" if counts.dead != 1 else "lasts"
+    return (
+        f"{plural(counts.deaths, 'death')} of {plural(counts.died, 'filter')} in all: "
+        f"{counts.revivals:,} ended in a revival, {counts.dead:,} {last} to the end"
+    )
 
 
 def method_label(run: Run) -> str:

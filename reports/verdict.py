@@ -8,11 +8,20 @@ from dataclasses import dataclass
 
 from pgt_diag.text import printable
 from reports.claims import Claim, compare, comparison, judge
-from reports.layouts import SETTING_KEYS
+from reports.roles import SETTING, data_label, data_of
 from reports.source import Run
 from reports.summary import NORM_TEST_BUDGET, Epoch, RunSummary, summarise
 from reports.tables import runs_table
-from reports.text import METHOD_NAMES, join, number, plural, share
+from reports.text import (
+    METHOD_NAMES,
+    death_counts,
+    join,
+    layer_name,
+    number,
+    plural,
+    runs_of_seeds,
+    share,
+)
 
 MAX_SINGLE_FACTS = 4
 """Runs up to which each gets its own number in large type."""
@@ -67,11 +76,14 @@ def _facts(summaries: Sequence[RunSummary]) -> list[Fact]:
         return _facts_by_method(summaries)
     facts = []
     for summary in summaries:
+        counts = summary.counts
         detail = f"of {summary.filters:,} filters dead at the end"
         if summary.silent_from_start:
             detail += f", {summary.silent_from_start:,} of them silent from the first batch"
-        if len(summary.revived):
-            detail += f"; {plural(len(summary.revived), 'revival')}"
+        if len(summary.unknown):
+            detail += f", {len(summary.unknown):,} unknown"
+        if counts.revivals:
+            detail += f"; {plural(counts.deaths, 'death')}, {plural(counts.revivals, 'revival')}"
         facts.append(Fact(f"{summary.dead:,}", summary.label, detail))
     for summary in summaries if len(summaries) <= 2 else ():
         if summary.accuracy:
@@ -87,12 +99,17 @@ def _facts_by_method(summaries: Sequence[RunSummary]) -> list[Fact]:
     table = table[(table["status"] == "finished") & table["batch_size"].notna()]
     facts = []
     for method, name in METHOD_NAMES.items():
-        dead = table.loc[table["method"] == str(method), "dead"]
+        mine = table[table["method"] == str(method)]
+        dead = mine["dead"]
         if len(dead):
             low, high = f"{dead.min():,}", f"{dead.max():,}"
-            detail = f"dead filters at the end, mean of {plural(len(dead), 'run')}"
+            runs = runs_of_seeds(len(dead), mine["seed"].nunique())
+            detail = f"dead filters at the end, mean of {runs}"
             detail += f" ({low} to {high})" if low != high else ""
-            facts.append(Fact(number(float(dead.mean()), 0), name, detail))
+            if unknown := int(mine["unknown"].max()):
+                detail += f"; up to {unknown:,} more are unknown"
+            mean = float(dead.groupby(mine["seed"]).mean().mean())
+            facts.append(Fact(number(mean, 0), name, detail))
     return facts
 
 
@@ -101,7 +118,7 @@ def _course(summary: RunSummary) -> str:
     if not count:
         return "no iteration is recorded yet."
     if summary.deaths.empty:
-        text = [f"none of {filters} died in {plural(count, 'iteration')}."]
+        text = _none_died(summary)
     else:
         are = "is" if summary.dead == 1 else "are"
         text = [
@@ -109,6 +126,7 @@ def _course(summary: RunSummary) -> str:
             f"after {plural(count, 'iteration')}.",
             *_since_when(summary),
             _recovered(summary),
+            *_unknown(summary),
         ]
     return " ".join([*text, *_first_and_worst(summary), *_decay_sentence(summary)])
 
@@ -118,34 +136,82 @@ def _since_when(summary: RunSummary) -> list[str]:
     never = summary.silent_from_start
     if not never:
         return []
-    # A recorder in somebody's own loop may have been attached to a trained network.
-    batch = "batch" if summary.run.config is not None else "recorded batch"
     later = summary.dead - never
     return [
-        f"{never:,} {'was' if never == 1 else 'were'} silent from the first {batch}; "
+        f"{never:,} {'was' if never == 1 else 'were'} silent from the {_first_batch(summary)}; "
         f"{f'{later:,}' if later else 'none'} died later."
     ]
 
 
+def _first_batch(summary: RunSummary) -> str:
+    # A recorder in somebody's own loop may have been attached to a trained network.
+    return "first batch" if summary.run.config is not None else "first recorded batch"
+
+
 def _recovered(summary: RunSummary) -> str:
-    revived = summary.revived.drop_duplicates(["layer", "filter"])
-    if revived.empty:
+    """Relate every count of the page: deaths, filters that died, revivals, dead at the end."""
+    counts, never = summary.counts, len(summary.never_alive)
+    if not counts.revivals:
         return "None recovered."
-    awoken = int(revived.index.isin(summary.never_alive.index).sum())
-    of_those = f", {awoken:,} of them silent from the first batch" if awoken else ""
-    return f"{plural(len(revived), 'filter')} recovered{of_those}."
+    text = f"{death_counts(counts)}."
+    if never:
+        awoken = int(summary.revived.index.isin(summary.never_alive.index).sum())
+        text += f" {never:,} of the deaths began with the {_first_batch(summary)}"
+        text += f", {awoken:,} of these ended in a revival."
+    return text
+
+
+def _none_died(summary: RunSummary) -> list[str]:
+    """Say that no filter died: of those that can be told, and if the run was long enough."""
+    count, undecided = summary.run.iteration_count, len(summary.undecided)
+    filters, length = plural(summary.filters, "filter"), plural(count, "iteration")
+    if undecided == summary.filters:
+        text = [f"whether any of {filters} died in {length} is unknown: {_unseen(summary)}."]
+    elif undecided:
+        told = plural(summary.filters - undecided, "filter")
+        text = [f"none of the {told} that can be told died in {length}.", *_unknown(summary)]
+    else:
+        text = [f"none of {filters} died in {length}."]
+    if count < summary.window:
+        text.append(f"A filter counts as dead from {plural(summary.window, 'iteration')} on.")
+    return text
+
+
+def _unknown(summary: RunSummary) -> list[str]:
+    undecided = len(summary.undecided)
+    if not undecided:
+        return []
+    whose = "it" if undecided == 1 else "they"
+    others = plural(undecided, "other filter")
+    return [f"Of {others} it is unknown whether {whose} died: {_unseen(summary)}."]
+
+
+def _unseen(summary: RunSummary) -> str:
+    """Say what was not seen of the layers whose filters' fate is unknown."""
+    spells = summary.run.unknown_spells
+    spells = spells[spells["layer_index"].isin(summary.undecided["layer_index"])]
+    told = {"silent": "no activation", "zero_gradient": "no gradient"}
+    return " and ".join(
+        f"{what} was seen in {_few([layer_name(layer) for layer in layers])}"
+        for kind, what in told.items()
+        if (layers := list(dict.fromkeys(spells.loc[spells["kind"] == kind, "layer"])))
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return join(names if len(names) <= 3 else [*names[:3], plural(len(names) - 3, "other layer")])
 
 
 def _first_and_worst(summary: RunSummary) -> list[str]:
     first, parts = summary.first_death, []
     if first is not None:
         parts.append(
-            f"The first death: {printable(first.layer)} (layer {first.layer_index}), "
+            f"The first death: {layer_name(first.layer)} (layer {first.layer_index}), "
             f"filter {first.filter}, at iteration {first.iteration:,}."
         )
     worst = summary.by_layer.sort_values("dead", ascending=False, kind="stable").head(2)
     named = [
-        f"{printable(layer)} {dead:,} of {filters:,}"
+        f"{layer_name(layer)} ({dead:,} of {filters:,})"
         for layer, dead, filters in zip(worst.index, worst["dead"], worst["filters"], strict=True)
         if dead
     ]
@@ -192,15 +258,30 @@ def _status_warnings(summaries: Sequence[RunSummary]) -> list[str]:
 def _comparability_warnings(summaries: Sequence[RunSummary]) -> list[str]:
     warnings = []
     configured = [summary for summary in summaries if summary.run.config is not None]
-    for key in (*SETTING_KEYS, "seed", "lr", "weight_decay"):
+    for key in (*SETTING, "seed", "lr", "weight_decay"):
         values = {str(getattr(each.run.config, key)): each.label for each in configured}
         if len(values) > 1 and not (key == "seed" and _seeds_are_paired(configured)):
             named = [f"{printable(value)} ({label})" for value, label in list(values.items())[:4]]
             warnings.append(f"The runs differ in {key.replace('_', ' ')}: {join(named)}.")
+    warnings += _data_warnings(configured)
     without = [each.label for each in summaries if each.run.config is None]
     if without and len(summaries) > 1:
         warnings.append(f"{join(without[:4])}: no configuration is recorded, so nothing is paired.")
     return warnings
+
+
+def _data_warnings(configured: Sequence[RunSummary]) -> list[str]:
+    numbers = data_of([each.run for each in configured])
+    kinds = list(dict(zip(numbers, configured, strict=True)).values())
+    if len(kinds) < 2:
+        return []
+    named = [
+        f"{data_label(each.run, [other.run for other in kinds if other is not each])} "
+        f"({each.label})"
+        for each in kinds[:4]
+    ]
+    told = f"The runs differ in their data: {join(named)}."
+    return [f"{told} Only runs on the same images are paired."]
 
 
 def _seeds_are_paired(summaries: Sequence[RunSummary]) -> bool:

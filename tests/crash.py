@@ -804,11 +804,6 @@ def brief_spells_left_out() -> None:
 
 
 @_mutant
-def time_dead_left_out() -> None:
-    _edit_checkpoint(lambda state: state["recorder"]["encoder"]["dead_for"].zero_())
-
-
-@_mutant
 def step_count_left_out() -> None:
     _edit_checkpoint(lambda state: state["recorder"].update(steps=0))
 

@@ -700,7 +700,7 @@ def checkpoint_changes(witness: Path) -> dict[str, Change]:
         "an empty dict": checkpoint_edit(lambda _: {}),
         "a huge view": in_checkpoint("extra", value=huge),
         "a huge view as sums": in_checkpoint("position", "sums", value=huge),
-        "a huge view as dead_for": in_checkpoint("recorder", "encoder", "dead_for", value=huge),
+        "a huge view as norms": in_checkpoint("recorder", "encoder", "initial_norms", value=huge),
         "a huge view as brief": in_checkpoint(
             "recorder", "encoder", "spells", "brief", value=torch.zeros(1).expand(4, 1 << 38)
         ),
@@ -728,9 +728,11 @@ def checkpoint_changes(witness: Path) -> dict[str, Change]:
         "rows huge": in_checkpoint("recorder", "encoder", "last_stored", value=10**18),
         "no encoder": in_checkpoint("recorder", "encoder", value=None),
         "other filters": in_checkpoint(
-            "recorder", "encoder", "dead_for", value=torch.zeros(7, dtype=torch.int64)
+            "recorder", "encoder", "initial_norms", value=torch.zeros(7)
         ),
-        "filters of text": in_checkpoint("recorder", "encoder", "dead_for", value=["a"] * 2954),
+        "filters of text": in_checkpoint(
+            "recorder", "encoder", "initial_norms", value=["a"] * 2954
+        ),
         "unknown quantities": in_checkpoint(
             "recorder", "encoder", "windows", value={"../x": [torch.zeros(3), torch.zeros(3)]}
         ),

@@ -441,7 +441,6 @@ BROKEN: dict[str, Callable[[Lab, tuple[str, ...]], str | None]] = {
     "windows_left_out": interrupted_run,
     "spells_left_out": interrupted_run,
     "brief_spells_left_out": interrupted_run,
-    "time_dead_left_out": interrupted_run,
     "step_count_left_out": interrupted_run,
     "metrics_not_cut": interrupted_run,
     "later_rows_not_set_aside": interrupted_run,

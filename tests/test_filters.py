@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from pgt_diag.filters import (
     EVENT_KINDS,
     SpellTracker,
+    count_deaths,
+    death_window,
     deaths,
     decay_budget,
     filter_states,
     predicted_crossing,
+    unknown_since,
 )
 
 
@@ -138,6 +141,107 @@ def test_a_collapse_with_a_gradient_is_a_cause_of_its_own_and_is_not_counted_twi
         ("collapsed", 2, 60, None),
     )
     assert died(events, 100, 10) == [[2, 10, None, "silent"], [1, 50, None, "collapsed"]]
+
+
+def test_a_silence_that_turns_into_a_collapse_is_one_death_that_lasts() -> None:
+    events = log(
+        ("silent", 1, 100, 200),
+        ("zero_gradient", 1, 100, 200),
+        ("collapsed", 1, 150, None),
+        # One after the other without a gap, and with one of a single iteration.
+        ("silent", 2, 100, 200),
+        ("zero_gradient", 2, 100, 200),
+        ("collapsed", 2, 200, None),
+        ("silent", 3, 100, 200),
+        ("zero_gradient", 3, 100, 200),
+        ("collapsed", 3, 201, None),
+        # A collapse that a later silence lies within began the death.
+        ("collapsed", 4, 50, 400),
+        ("silent", 4, 80, 120),
+        ("zero_gradient", 4, 80, 120),
+    )
+    assert died(events, 500, 10) == [
+        [4, 50, 400, "collapsed"],
+        [1, 100, None, "silent"],
+        [2, 100, None, "silent"],
+        [3, 100, 200, "silent"],
+        [3, 201, None, "collapsed"],
+    ]
+
+
+def dead_by_loop(states: np.ndarray, window: int) -> np.ndarray:
+    """Return (T, F): whether a filter is dead, by the definition as a sentence has it."""
+    silent, zero_gradient, collapsed, _ = states
+    dead = np.zeros(silent.shape, dtype=bool)
+    for holds in (silent & zero_gradient, collapsed):
+        for index in range(holds.shape[1]):
+            start = 0
+            for iteration in range(len(holds) + 1):
+                if iteration == len(holds) or not holds[iteration, index]:
+                    dead[start:iteration, index] |= iteration - start >= window
+                    start = iteration + 1
+    return dead
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.integers(1, 60),
+    density=st.sampled_from([0.3, 0.8, 0.95]),
+    window=st.integers(1, 6),
+    min_spell=st.integers(1, 8),
+)
+def test_the_log_and_the_live_count_agree_with_a_plain_loop_on_who_is_dead_and_when(
+    seed: int, length: int, density: float, window: int, min_spell: int
+) -> None:
+    window = max(window, min_spell)
+    states = np.random.default_rng(seed).random((len(EVENT_KINDS), length, 4)) < density
+    tracker = SpellTracker(4, min_spell)
+    spells: dict[tuple[str, int, int], int | None] = {}
+    for kind, index, start, end in tracker.update(states):
+        spells[EVENT_KINDS[kind], int(index), int(start)] = int(end) if end >= 0 else None
+    table = deaths(log(*((*key, end) for key, end in spells.items())), length, window)
+    dead = np.zeros(states.shape[1:], dtype=int)
+    for row in table.itertuples():
+        end = length if pd.isna(row.revival_iteration) else int(row.revival_iteration)
+        dead[int(row.iteration) : end, int(row.filter)] += 1
+    expected = dead_by_loop(states, window)
+    np.testing.assert_array_equal(dead, expected)  # once each: deaths are disjoint
+    counts = count_deaths(table)
+    assert counts.deaths == counts.revivals + counts.dead
+    assert counts.died == expected.any(axis=0).sum()
+    assert counts.dead == expected[-1].sum() == tracker.dead_filters(window)
+
+
+def test_the_window_is_a_hundredth_of_the_run_and_never_shorter_than_what_the_log_has() -> None:
+    assert [death_window(count) for count in (0, 900, 1100, 36_000)] == [10, 10, 11, 360]
+    assert death_window(900, min_spell=25) == 25
+
+
+def test_what_is_not_seen_for_a_while_goes_on_as_it_was() -> None:
+    nan = np.nan
+    activity = np.array([[0, 3, nan], [nan, nan, nan], [nan, nan, nan], [0, 3, 0]], np.float32)
+    gradient = np.ones_like(activity)
+    ones = np.ones_like(activity)
+    states = filter_states(activity, gradient, ones, ones[0])
+    assert states[0].tolist() == [
+        [True, False, False],
+        [True, False, False],
+        [True, False, False],
+        [True, False, True],
+    ]
+    before = np.zeros((4, 3), dtype=bool)
+    before[0] = [False, True, True]
+    carried = filter_states(activity[1:], gradient[1:], ones[1:], ones[0], before=before)
+    assert carried[0].tolist() == [[False, True, True], [False, True, True], [True, False, True]]
+
+
+def test_unknown_to_the_end_is_from_the_first_stored_row_that_nothing_follows() -> None:
+    nan = np.nan
+    norms = np.array([[1, nan, nan, nan], [nan, 1, nan, 1], [1, nan, nan, nan]], np.float32)
+    rows = np.array([0, 10, 20])
+    assert unknown_since(norms, rows).tolist() == [-1, 20, 0, 20]
+    assert unknown_since(norms[:0], rows[:0]).tolist() == [-1] * 4
 
 
 def test_no_events_are_no_deaths() -> None:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import pgt_diag
 from pgt_diag import storage
 from pgt_diag.errors import NoSpaceError, RecorderError, RunDirectoryError, storage_error
+from reports.summary import RunSummary
+from reports.verdict import verdict
 from tests.loops import CLASSES, batches, norms64, small_net, train_steps
 
 
@@ -265,6 +267,64 @@ def test_the_recorder_counts_who_is_dead_now(tmp_path: Path) -> None:
             counts.append(recorder.dead_filters)
     # Filter 1 is dead from 0, filter 3 from 12, and both count after ten iterations.
     assert counts == [0] * 9 + [1] * 12 + [2] * 4 + [1] * 5
+
+
+@pytest.mark.parametrize(("planned", "window"), [(None, 10), (40, 10), (2500, 25)])
+def test_the_live_count_has_collapsed_filters_and_is_the_reports_when_the_run_ends(
+    planned: int | None, window: int, tmp_path: Path
+) -> None:
+    model = small_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    info = {"planned_iterations": planned} if planned else {}
+    counts, reported = [], []
+    with pgt_diag.FilterRecorder(
+        model, tmp_path / "run", optimizer=optimizer, info=info
+    ) as recorder:
+        for step in range(40):
+            if step == 5:
+                with torch.no_grad():
+                    model[2].weight[1] *= 1e-4  # it has a map and a gradient all the same
+            train_steps(model, optimizer, 1)
+            recorder.flush()
+            counts.append(recorder.dead_filters)
+            reported.append(RunSummary(pgt_diag.load_run(tmp_path / "run"), "run").dead)
+    assert counts == [0] * (5 + window - 1) + [1] * (40 - 5 - window + 1)
+    assert reported == counts
+    run = pgt_diag.load_run(tmp_path / "run")
+    assert run.state_counts("silent").sum(axis=None) == 0
+
+
+def test_a_filter_without_a_gradient_is_unknown_while_it_is_silent(tmp_path: Path) -> None:
+    model = small_net()
+    with torch.no_grad():
+        model[2].weight[1] = -1  # silent: what comes in is never negative
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer):
+        train_steps(model, optimizer, 20)
+        model[2].weight.requires_grad_(False)
+        model[2].weight.grad = None
+        train_steps(model, optimizer, 20)
+    run = pgt_diag.load_run(tmp_path / "run")
+    # Dead when it was frozen, and so dead still: nothing was seen that had revived it.
+    assert (RunSummary(run, "run").dead, len(RunSummary(run, "run").unknown)) == (1, 0)
+    assert run.unknown_spells[["kind", "layer", "filter", "start_iteration"]].values.tolist() == [
+        ["zero_gradient", "2", index, 20] for index in range(5)
+    ]
+
+    frozen = small_net()
+    with torch.no_grad():
+        frozen[2].weight[1] = -1
+    frozen[2].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(frozen.parameters(), lr=0.0)
+    with pgt_diag.FilterRecorder(frozen, tmp_path / "frozen", optimizer=optimizer):
+        train_steps(frozen, optimizer, 20)
+    summary = RunSummary(pgt_diag.load_run(tmp_path / "frozen"), "frozen")
+    assert (summary.dead, summary.unknown["filter"].tolist()) == (0, [1])
+    said = verdict([summary.run]).sentences[0].text
+    assert "none of the 10 filters that can be told died in 20 iterations" in said
+    assert (
+        "Of 1 other filter it is unknown whether it died: no gradient was seen in module 2" in said
+    )
 
 
 @pytest.mark.parametrize("way", ["a compiled copy", "compiled in place"])

@@ -4,6 +4,7 @@ import io
 import re
 import shutil
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -190,6 +191,32 @@ def test_a_dead_filter_says_so_at_the_keyboard(page):
     assert page.locator("#tip").is_hidden()
 
 
+def test_a_silence_too_short_for_a_death_is_called_so(browser, tmp_path):
+    run = DemoRun("x", RunConfig(epochs=3, warmup_epochs=0), 0.0, 1000, 10, shape=(("a", 2),))
+    brief = [(kind, "a", 0, 0, 496, 504) for kind in ("silent", "zero_gradient")]
+    events = pd.DataFrame(brief, columns=run.events.columns)
+    run.__dict__["events"] = events.astype({"end_iteration": "Int64"})
+    opened = Opened(browser, build_page([run], other_layers=False), tmp_path)
+    opened.wait_for_panels(1)
+    page = opened.page
+    page.locator("#fig3 h2").scroll_into_view_if_needed()
+    panel = page.locator(".panel").first
+    panel.focus()
+    said = set()
+    for _ in range(2):
+        page.keyboard.press("ArrowDown")
+        for _ in range(100):
+            page.keyboard.press("ArrowLeft")
+            said.add(page.inner_text("#tip").replace("\n", " | "))
+        for _ in range(100):
+            page.keyboard.press("ArrowRight")
+    (silent,) = [each for each in said if "state: silent, zero gradient" in each]
+    assert silent.startswith("filter 0 | iteration 500 ·")
+    assert silent.endswith("state: silent, zero gradient | not a death: shorter than 10 iterations")
+    assert any(each.startswith("filter 0 ") and each.endswith("never died") for each in said)
+    page.close()
+
+
 def test_zoom_redraws_the_lines(page):
     page.mouse.move(5, 5)
     before = page.locator(".plot canvas.lines").first.evaluate("c => c.toDataURL()")
@@ -250,7 +277,7 @@ def test_deaths_can_be_filtered_sorted_and_downloaded(page, runs):
     page.fill("#deaths-search", "layer4.1.conv2 pgt")
     shown = page.inner_text("#deaths-count")
     few = int(shown.split(" of ")[0].replace(",", ""))
-    assert 0 < few < total and shown.endswith(f"{total:,}")
+    assert 0 < few < total and shown.endswith(f"{total:,} deaths")
     page.click("#deaths-table th:nth-child(4) button")
     filters = page.locator("#deaths-table tbody td:nth-child(4)").all_inner_texts()
     assert filters == sorted(filters, key=int)

@@ -32,9 +32,9 @@ def config(method="baseline", **values):
     return RunConfig.from_mapping(plain | values)
 
 
-def tiny(name="tiny", method="baseline", **options):
+def tiny(name="tiny", method="baseline", config_seed=0, **options):
     options = {"iteration_count": 60, "record_every": 6, "shape": TINY} | options
-    return DemoRun(name, config(method), **options)
+    return DemoRun(name, config(method, seed=config_seed), **options)
 
 
 def broken_values():
@@ -226,9 +226,13 @@ def test_scripts_cannot_end_their_own_element():
 
 
 def test_table2_exports():
-    runs = [tiny(), tiny("p", "pgt", seed=1)]
+    runs = [
+        tiny(method + str(seed), method, seed=seed, mortality=mortality, config_seed=seed)
+        for seed in range(3)
+        for method, mortality in (("baseline", 3.0), ("pgt", 0.0))
+    ]
     records = json.loads(export_table(runs, "json"))
-    assert records[0]["method"] == "baseline" and records[0]["runs"] == 1
+    assert records[0]["method"] == "baseline" and records[0]["runs"] == 3
     assert records[-1]["note"] == "not run" and records[-1]["train_accuracy"] is None
     csv = export_table(runs, "csv").splitlines()
     assert csv[0].startswith("setting,batch_size,method,alpha,variant,runs") and len(csv) == 11
@@ -300,4 +304,7 @@ def test_a_recorded_run_makes_a_page(tmp_path):
     text = re.sub(r"<[^>]+>", "", page[page.index("<main>") : page.index("</main>")])
     assert "1 of 4 filters (25.0 %) is dead after 30 iterations" in text
     assert "1 was silent from the first recorded batch; none died later." in text
+    assert "1 of 4 filters dead at the end" in text
+    # The layer's name is a number, which no sentence can bear alone.
+    assert "Most are in module 0 (1 of 4)." in text
     assert "first death:" not in text.lower()

@@ -1,5 +1,6 @@
 """The paper's tables, computed from runs as the paper computes them; its own values are exact."""
 
+import dataclasses
 import math
 
 import pandas as pd
@@ -10,9 +11,12 @@ from reports import sections
 from reports.claims import judge
 from reports.demo import DemoRun
 from reports.figures import figure2, figure2_curves, figure2_panels
+from reports.intervals import interval95, leaves_zero_out, t95
 from reports.layouts import LAYOUTS
+from reports.roles import ROLES
 from reports.summary import Epoch, summarise
-from reports.tables import PAPER_TABLE_2, fitting_layouts, interval95, table1, table2, table3
+from reports.tables import PAPER_TABLE_2, fitting_layouts, table1, table2, table3
+from reports.verdict import verdict
 
 SMALL = (("conv1", 8), ("layer1.0.conv1", 8))
 
@@ -109,7 +113,12 @@ def test_unfinished_runs_are_left_out_and_named():
 
 
 def test_best_values_are_marked_per_batch_size():
+    # By seed, PGT is 2 and 1.9 above the baseline, and GC 1 below it or 1 above.
     runs = [run("baseline", 60, train=72), run("pgt", 62, train=71), run("gc", 59, train=70)]
+    runs += [
+        run("baseline", 60, train=72, seed=1), run("pgt", 61.9, train=71, seed=1),
+        run("gc", 58.9, train=70, seed=1),
+    ]  # fmt: skip
     table = table2(runs)
     assert row(table, "pgt")["best_test_accuracy"]
     assert row(table, "baseline")["best_train_accuracy"]
@@ -117,6 +126,112 @@ def test_best_values_are_marked_per_batch_size():
     # No method gained in training accuracy, so no gain is the largest.
     assert not table["best_train_difference"].any()
     assert row(table, "agc+pgt", runs_only=False)["best_paper_test_accuracy"]
+
+
+@pytest.mark.parametrize("differences", [(2.0,), (2.0, -1.0), (2.0, 0.1), (5.0, 1.0, -0.5)])
+def test_nothing_is_called_the_best_that_may_be_chance(differences):
+    runs = [run("baseline", 60, seed=seed) for seed in range(len(differences))]
+    runs += [run("pgt", 60 + more, seed=seed) for seed, more in enumerate(differences)]
+    table = table2(runs)
+    ours = table[table["runs"] > 0]
+    for part in ("train", "test"):
+        assert not ours[f"best_{part}_accuracy"].any()
+        assert not ours[f"best_{part}_difference"].any()
+    assert table["best_paper_test_accuracy"].any(), "the paper's own marks stay"
+
+
+def test_copies_of_one_seed_are_one_observation():
+    runs = [run("pgt", 61), run("pgt", 61), run("pgt", 61), run("baseline", 60)]
+    pgt = row(table2(runs), "pgt")
+    assert (pgt["runs"], pgt["seeds"], pgt["pairs"]) == (3, 1, 1)
+    assert math.isnan(pgt["test_spread"]) and math.isnan(pgt["test_interval"])
+    assert pgt["note"] == "3 runs of one seed"
+    runs += [run("pgt", 64, seed=1), run("baseline", 60, seed=1)]
+    pgt = row(table2(runs), "pgt")
+    # The means of the seeds are 61 and 64: mean 62.5 over seeds, not 61.75 over runs.
+    assert (pgt["test_accuracy"], pgt["test_difference"]) == (62.5, 2.5)
+    assert pgt["test_spread"] == pytest.approx(3 / math.sqrt(2))
+    assert pgt["test_interval"] == pytest.approx(12.706 * 1.5)
+    assert pgt["note"] == "4 runs of 2 seeds"
+
+
+def on(data, made):
+    """Return the run as one that was trained on this data."""
+    object.__setattr__(made, "extra", {"data": data})
+    return made
+
+
+FOLDER = {
+    "name": "imagefolder", "classes": ["cat", "dog"], "train_images": 900, "test_images": 100,
+    "image_size": 224, "source": "/somewhere/cats",
+}  # fmt: skip
+DIGESTS = {"train_digest": "0123456789abcdef", "test_digest": "fedcba9876543210"}
+
+
+@pytest.mark.parametrize(
+    ("other", "paired"),
+    [
+        ({"source": "/elsewhere/cats"}, True),
+        ({"classes": [str(i) for i in range(1000)]}, False),
+        ({"train_images": 901}, False),
+        ({"test_images": 99}, False),
+        ({"image_size": 128}, False),
+        (DIGESTS, True),
+        (DIGESTS | {"train_digest": "0" * 16}, False),
+        (DIGESTS | {"test_digest": "0" * 16}, False),
+        (DIGESTS | {"image_size": 128}, False),
+    ],
+)
+def test_only_runs_on_the_same_images_are_paired(other, paired):
+    first = FOLDER | (DIGESTS if "train_digest" in other else {})
+    values = {"dataset": "imagefolder", "data": "x"}
+    baseline = on(first, run("baseline", 60, **values))
+    pgt = on(FOLDER | other, run("pgt", 61, **values | {"data": "y"}))
+    table = table2([baseline, pgt])
+    assert row(table, "pgt")["pairs"] == paired
+    warnings = verdict([baseline, pgt]).warnings
+    assert any("differ in their data" in each for each in warnings) is not paired
+    comparisons = verdict([baseline, pgt]).comparisons
+    assert bool(comparisons) is paired
+
+
+def test_runs_on_other_images_are_no_repetitions():
+    runs = [on(FOLDER | {"train_images": 900 + seed}, run("pgt", 61, seed=seed)) for seed in (0, 1)]
+    ours = table2(runs).query("runs > 0")
+    assert ours["runs"].tolist() == [1, 1]
+    assert [text.split(", ")[-2] for text in ours["setting"]] == [
+        "data of 900 train images", "data of 901 train images"
+    ]  # fmt: skip
+
+
+def test_a_run_from_before_digests_is_compared_by_what_it_recorded():
+    old = on(FOLDER, run("baseline", 60))
+    new = on(FOLDER | DIGESTS, run("pgt", 61))
+    assert row(table2([old, new]), "pgt")["pairs"] == 1
+
+
+def test_made_up_images_of_other_numbers_are_other_data():
+    values = {"dataset": "synthetic", "synthetic_images": 800}
+    runs = [run("baseline", 60, **values), run("pgt", 61, **values, synthetic_classes=400)]
+    assert row(table2(runs), "pgt")["pairs"] == 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("amp", "fp16"), ("accumulate", 4), ("min_spell", 50)])
+def test_what_may_be_the_cause_besides_the_method_is_named(key, value):
+    pgt = row(table2([run("baseline", 60), run("pgt", 61, **{key: value})]), "pgt")
+    assert pgt["note"] == f"differs from its baseline in {key.replace('_', ' ')} too"
+
+
+def test_the_precision_is_the_one_trained_with_not_the_one_asked_for():
+    runs = [run("baseline", 60), run("pgt", 61)]
+    for made, amp in zip(runs, ("off", "bf16"), strict=True):
+        object.__setattr__(made, "extra", {"amp": amp})
+    assert row(table2(runs), "pgt")["note"] == "differs from its baseline in amp too"
+
+
+def test_every_field_of_a_configuration_has_exactly_one_role():
+    roles = [name for role in ROLES.values() for name in role]
+    assert sorted(roles) == sorted(field.name for field in dataclasses.fields(RunConfig))
 
 
 def test_different_alphas_are_different_rows():
@@ -160,7 +275,19 @@ def test_no_runs_leave_only_the_paper():
 def test_interval_needs_two_values():
     assert math.isnan(interval95([1.0]))
     assert interval95([1.0, 1.0, 1.0]) == 0
-    assert interval95(range(40)) == pytest.approx(1.96 * 11.69 / math.sqrt(40), rel=1e-3)
+    assert interval95(range(40)) == pytest.approx(2.0227 * 11.69 / math.sqrt(40), rel=1e-3)
+
+
+def test_the_quantiles_are_students_at_every_n():
+    scipy = pytest.importorskip("scipy.stats")
+    for freedom in (*range(1, 60), 100, 1000, 10**6):
+        assert t95(freedom) == pytest.approx(scipy.t.ppf(0.975, freedom), abs=6e-4)
+
+
+def test_a_difference_is_more_than_chance_where_its_interval_leaves_0_out():
+    assert not leaves_zero_out([]) and not leaves_zero_out([5.0])
+    assert not leaves_zero_out([-22.0, -23.0, 40.0]) and not leaves_zero_out([2.0, 3.0])
+    assert leaves_zero_out([-2.0, -3.0, -2.0]) and leaves_zero_out([2.0, 2.0])
 
 
 # Tables 1 and 3: networks with batch normalisation
@@ -323,8 +450,10 @@ def test_claims_are_judged_by_the_networks_that_they_are_about():
     def judged(runs):
         return {claim.statement[:30]: claim.judgement for claim in judge(summarise(runs))}
 
-    plain = [run("baseline", 60), run("pgt", 61)]
-    with_norm = [normalised("baseline", 60), normalised("pgt", 59)]
+    plain = [run("baseline", 60, seed=seed) for seed in (0, 1)]
+    plain += [run("pgt", 61, seed=seed) for seed in (0, 1)]
+    with_norm = [normalised("baseline", 60, seed=seed) for seed in (0, 1)]
+    with_norm += [normalised("pgt", 59, seed=seed) for seed in (0, 1)]
     assert judged(plain)["PGT improves test accuracy (Tab"[:30]] == "leans towards"
     assert judged(with_norm) == {"PGT improves test accuracy wit": "leans against"}
     both = judged(plain + with_norm)

@@ -253,17 +253,18 @@ class Panel {
 
   /** What the hover says: filter, iteration, norm, state, death. */
   describe(line, row) {
-    const { unit, iterations, deaths, events, cut, lines: { rows } } = this.data;
+    const { unit, iterations, deaths, events, cut, window: least, unknown, lines: { rows } } = this.data;
     const at = iterations[row], norm = this.values[line * rows + row];
     const holds = (_, i) => events.filter[i] === line && events.from[i] <= at
       && (events.to[i] === null || events.to[i] > at);
     const held = events.kind.filter(holds);
     const kinds = KINDS.filter((_, kind) => held.includes(kind));
     const mine = deaths.filter((d) => d.filter === line);
-    if (!kinds.length) {
-      const dead = mine.find((d) => d.at <= at && (d.back === null || d.back > at));
-      if (dead) kinds.push(dead.cause);
-    }
+    const dead = mine.find((d) => d.at <= at && (d.back === null || d.back > at));
+    if (!kinds.length && dead) kinds.push(dead.cause);
+    // What would be a death, had it lasted.
+    const brief = !dead && (kinds.includes("collapsed")
+      || (kinds.includes("silent") && kinds.includes("zero gradient")));
     if (unit === "feature" && norm === 0) kinds.push("silent");
     const said = [
       `${unit} ${line}`,
@@ -272,10 +273,13 @@ class Panel {
     ];
     if (mine.length > 4) said.push(`${mine.length} deaths; the last ones:`);
     for (const death of mine.slice(-4)) {
-      said.push(`died at iteration ${count(death.at)} (${death.cause}), ${
+      if (unit === "feature") said.push(`zero from iteration ${count(death.at)} to the end`);
+      else said.push(`died at iteration ${count(death.at)} (${death.cause}), ${
         death.back === null ? "not recovered" : `recovered at ${count(death.back)}`}`);
     }
-    if (said.length === 3) said.push("never died");
+    if (brief) said.push(`not a death: shorter than ${count(least)} iterations`);
+    if (unknown.includes(line)) said.push("unknown whether it died: not all was seen");
+    else if (said.length === 3) said.push(unit === "feature" ? "not zero at the end" : "never died");
     return said;
   }
 

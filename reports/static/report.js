@@ -88,7 +88,7 @@ function startDeaths() {
       }
       return line;
     }));
-    said.textContent = `${count(shown.length)} of ${count(rows.length)}`;
+    said.textContent = `${count(shown.length)} of ${count(rows.length)} deaths`;
     more.hidden = shown.length <= limit;
     [...place.tHead.rows[0].cells].forEach((cell, i) => {
       if (i === sort) cell.setAttribute("aria-sort", descending ? "descending" : "ascending");
@@ -130,12 +130,14 @@ function startZeroOut() {
     let data;
     map.addEventListener("mousemove", (event) => {
       data ??= island(map.dataset.map);
-      const { edges, dead, layers, filters } = data;
+      const { edges, dead, unknown, layers, filters } = data;
       const box = map.getBoundingClientRect();
       const row = Math.floor(((event.clientY - box.top) / box.height) * layers.length);
       const bin = Math.floor(((event.clientX - box.left) / box.width) * edges.length);
       if (!dead[row] || dead[row][bin] === undefined) return;
-      tip.textContent = `${layers[row]} · iteration ${count(edges[bin])}: ${dead[row][bin]} of ${filters[row]} dead`;
+      const maybe = unknown?.[row][bin];
+      tip.textContent = `${layers[row]} · iteration ${count(edges[bin])}: ${dead[row][bin]} of ${filters[row]} dead`
+        + (maybe ? `, ${maybe} unknown` : "");
       tip.style.borderLeftColor = css("--bad");
       tip.hidden = false;
       tip.style.left = `${Math.min(event.clientX + 16, root.clientWidth - tip.offsetWidth - 8)}px`;
