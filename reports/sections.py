@@ -91,7 +91,7 @@ def _who_died(panel: panels.Panel, filters: int) -> str:
     end = "dead at the end" if panel.unit == "filter" else "zero at the end"
     text = f"{dead:,} of {plural(filters, panel.unit)} {end}"
     text += f", {died:,} died at least once" if died != dead else ""
-    return text + (f", {len(panel.unknown):,} unknown" if panel.unknown else "")
+    return text + (f", {len(panel.unknown):,} may have died" if panel.unknown else "")
 
 
 def _panel_island(packed: panels.PackedPanel) -> dict[str, object]:

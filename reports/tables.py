@@ -352,7 +352,9 @@ def _mark_best(table: pd.DataFrame, ours: Sequence[dict[str, Any]], layout: Layo
     by_row = {_row_key(row, layout): row for row in ours}
     rows = [by_row.get(_row_key(row, layout)) for row in table.to_dict("records")]
     for part in ("train", "test"):
-        clear = [row is not None and _clearly_best(row, part, ours, layout) for row in rows]
+        clear = [
+            row is not None and _clearly_best(row, part, ours, layout, least=1) for row in rows
+        ]
         table[f"best_{part}_accuracy"] = clear
         table[f"best_{part}_difference"] = [
             row is not None and row[f"{part}_gains"] and _clearly_best(row, part, others, layout)
@@ -375,13 +377,17 @@ def _row_key(row: Mapping[Any, Any], layout: Layout) -> tuple[object, ...]:
 
 
 def _clearly_best(
-    row: Mapping[Any, Any], part: str, rows: Sequence[Mapping[Any, Any]], layout: Layout
+    row: Mapping[Any, Any],
+    part: str,
+    rows: Sequence[Mapping[Any, Any]],
+    layout: Layout,
+    least: int = 0,
 ) -> bool:
-    """Whether a row's accuracy is above that of every other of its setting and group."""
+    """Whether a row's accuracy is above that of every other, at `least` so many, of its group."""
     group = ("setting", *layout.group)
     others = [
         each for each in rows if each is not row and _known(each, group) == _known(row, group)
     ]
     values = row[f"{part}_by_seed"]
     apart = [(values - each[f"{part}_by_seed"]).dropna() for each in others]
-    return all(leaves_zero_out(each) and each.mean() > 0 for each in apart)
+    return len(apart) >= least and all(leaves_zero_out(each) and each.mean() > 0 for each in apart)

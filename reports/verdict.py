@@ -157,7 +157,7 @@ def _recovered(summary: RunSummary) -> str:
     if never:
         awoken = int(summary.revived.index.isin(summary.never_alive.index).sum())
         text += f" {never:,} of the deaths began with the {_first_batch(summary)}"
-        text += f", {awoken:,} of these ended in a revival."
+        text += f", {f'{awoken:,}' if awoken else 'none'} of these ended in a revival."
     return text
 
 
@@ -183,7 +183,10 @@ def _unknown(summary: RunSummary) -> list[str]:
         return []
     whose = "it" if undecided == 1 else "they"
     others = plural(undecided, "other filter")
-    return [f"Of {others} it is unknown whether {whose} died: {_unseen(summary)}."]
+    told = f"Of {others} it is unknown whether {whose} died"
+    if len(summary.unknown) != undecided:
+        told += f", of {len(summary.unknown):,} of these also whether they are dead at the end"
+    return [f"{told}: {_unseen(summary)}."]
 
 
 def _unseen(summary: RunSummary) -> str:

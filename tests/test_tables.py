@@ -128,6 +128,11 @@ def test_best_values_are_marked_per_batch_size():
     assert row(table, "agc+pgt", runs_only=False)["best_paper_test_accuracy"]
 
 
+def test_one_row_alone_is_not_the_best():
+    runs = [run("baseline", 60, seed=seed) for seed in range(3)]
+    assert not table2(runs)["best_test_accuracy"].any()
+
+
 @pytest.mark.parametrize("differences", [(2.0,), (2.0, -1.0), (2.0, 0.1), (5.0, 1.0, -0.5)])
 def test_nothing_is_called_the_best_that_may_be_chance(differences):
     runs = [run("baseline", 60, seed=seed) for seed in range(len(differences))]
