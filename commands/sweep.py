@@ -157,6 +157,12 @@ def sweep(
     retry_failed: bool = typer.Option(
         False, "--retry-failed", help="Make failed runs again.", rich_help_panel=RUNS
     ),
+    accept_changed_data: bool = typer.Option(
+        False,
+        "--accept-changed-data",
+        help="Go on also where the training set is no longer that of the sweep's earlier runs.",
+        rich_help_panel=RUNS,
+    ),
     dry_run: bool = typer.Option(
         False,
         "--dry-run",
@@ -208,8 +214,8 @@ def sweep(
     write_plan(grid.rows, folder)
     if engine is Engine.SLURM:
         _write_job_arrays(
-            grid, folder, nproc, cpus_per_run, gpus_per_run,
-            retry_failed=retry_failed, json_output=json_output,
+            grid, folder, nproc, cpus_per_run, gpus_per_run, retry_failed=retry_failed,
+            accept_changed_data=accept_changed_data, json_output=json_output,
         )  # fmt: skip
         return
     from commands.terminal import say
@@ -231,6 +237,7 @@ def sweep(
                     cpus_per_run=cpus_per_run,
                     gpus_per_run=gpus_per_run,
                     retry_failed=retry_failed,
+                    accept_changed_data=accept_changed_data,
                     listener=console,
                     stop=stop,
                 )
@@ -242,6 +249,7 @@ def sweep(
                     folder,
                     processes=nproc,
                     retry_failed=retry_failed,
+                    accept_changed_data=accept_changed_data,
                     listener=console,
                     stop=stop,
                 )
@@ -293,11 +301,12 @@ def _write_job_arrays(
     gpus: float | None,
     *,
     retry_failed: bool,
+    accept_changed_data: bool,
     json_output: bool,
 ) -> None:
     """Write the job arrays of what is to do, and say how to submit them."""
     from commands.terminal import say
-    from pgt_diag.sweep.making import is_to_do, starting_point
+    from pgt_diag.sweep.making import check_data, is_to_do, starting_point
     from pgt_diag.sweep.slurm import write_job_arrays
     from pgt_diag.sweep.status import State, status_of
 
@@ -306,8 +315,15 @@ def _write_job_arrays(
     for status in statuses:
         if status.state is State.FAILED and is_to_do(status, retry_failed=retry_failed):
             starting_point(folder / status.row.name, retry_failed=True)
+    for row in {row.config.dataset: row for row in rows}.values():
+        check_data(row, folder, accept=accept_changed_data, elsewhere=True)
     scripts = write_job_arrays(
-        rows, folder, processes=processes, cpus_per_run=cpus, gpus_per_run=gpus
+        rows,
+        folder,
+        processes=processes,
+        accept_changed_data=accept_changed_data,
+        cpus_per_run=cpus,
+        gpus_per_run=gpus,
     )
     if json_output:
         values: dict[str, Any] = {"sweep_dir": str(folder), "rows": len(rows)}

@@ -210,6 +210,12 @@ def train(
         show_choices=False,
         metavar="[auto]",
     ),
+    accept_changed_data: bool = typer.Option(
+        False,
+        "--accept-changed-data",
+        help="--resume: go on also where the training set is no longer that of the run.",
+        rich_help_panel=RUN,
+    ),
     checkpoint_every: int | None = _option(
         "checkpoint_every", "Iterations between checkpoints; by default 5 minutes.", RUN
     ),
@@ -271,6 +277,8 @@ def train(
     directory = _run_directory(run_dir, name, run_config, resume)
     if force and resume is not None:
         raise ConfigurationError("--resume goes on with a run, and --force replaces it")
+    if accept_changed_data and resume is None:
+        raise ConfigurationError("--accept-changed-data has no effect without --resume")
     if resume is None:
         _check_effect(given, run_config)
     _check_early(run_config, directory, resume, processes=processes, download=download, force=force)
@@ -312,6 +320,7 @@ def train(
                 download=download,
                 force=force,
                 resume=point,
+                accept_changed_data=accept_changed_data,
                 processes=processes,
             )
             console.show_plan(plan)
@@ -324,6 +333,7 @@ def train(
                 download=download,
                 force=force,
                 resume=point,
+                accept_changed_data=accept_changed_data,
                 stop=stop,
                 command=["pgt-diag", *sys.argv[1:]],
                 world=world,

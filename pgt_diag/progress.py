@@ -90,10 +90,9 @@ class EpochMetrics:
 class Meter:
     """Times the epochs and foretells the end."""
 
-    def __init__(self, batch_size: int, batches_per_epoch: int, epochs: int) -> None:
+    def __init__(self, batch_size: int, iterations: int) -> None:
         self._batch_size = batch_size
-        self._images = batch_size * batches_per_epoch
-        self._iterations = batches_per_epoch * epochs
+        self._iterations = iterations
         self._earlier = self._recorder_earlier = 0.0
         self.start(0)
 
@@ -140,13 +139,14 @@ class Meter:
             dead_filters=recorder.dead_filters,
         )
 
-    def finish_epoch(self, sums: Tensor, recorder: FilterRecorder) -> EpochMetrics:
+    def finish_epoch(self, sums: Tensor, batches: int, recorder: FilterRecorder) -> EpochMetrics:
         """Stop the epoch's clock; return its metrics.
 
-        sums: (2,) Σ loss and correct predictions. A state that is saved from here to `next_epoch`
-        has the time of the epoch's training, and of nothing else.
+        sums: (2,) Σ loss and correct predictions of so many batches. A state that is saved from
+        here to `next_epoch` has the time of the epoch's training, and of nothing else.
         """
-        loss, correct = (sums / self._images).tolist()
+        images = batches * self._batch_size
+        loss, correct = (sums / images).tolist()
         self._earlier = self._epoch_seconds()
         self._recorder_earlier = self._recorder_seconds(recorder.seconds)
         self._running = False
@@ -154,7 +154,7 @@ class Meter:
             loss=loss,
             accuracy=100 * correct,
             seconds=self._earlier,
-            images_per_second=self._images / self._earlier,
+            images_per_second=images / self._earlier,
             recorder_seconds=self._recorder_earlier,
         )
 

@@ -146,6 +146,7 @@ _INFO_TYPES: dict[str, tuple[type, ...]] = {
     "overhead": (dict,),
     "layers": (list,),
     "resumed_from": (list,),
+    "changed_data": (list,),
     "bad_images": (list,),
     "digests": (dict,),
     "snapshots": (list,),

@@ -9,6 +9,8 @@ from typing import Any
 
 from pgt_diag import checkpoint, storage, trace
 from pgt_diag.config import RunConfig
+from pgt_diag.data.changes import check_description
+from pgt_diag.data.contents import Contents
 from pgt_diag.directory import is_claimed
 from pgt_diag.errors import ConfigurationError, RunDirectoryError
 from pgt_diag.reading import (
@@ -121,6 +123,10 @@ def _check_state(path: Path, state: Mapping[str, Any]) -> None:
             raise ValueError("a count or a time cannot be")
         if tuple(position["sums"].shape) != (2,):
             raise ValueError("the sums are not two")
+        if type(position.get("extra", 0)) is not int:
+            raise TypeError("its steps are not counted")
+        for contents in (state.get("data") or {}).values():
+            Contents.from_state(contents)
     except (*_ODD, RunDirectoryError) as error:
         raise RunDirectoryError(f"{path}: is no checkpoint of pgt-diag: {error!r}") from None
 
@@ -151,6 +157,10 @@ def _check_recorder(path: Path, recorder: Mapping[str, Any]) -> None:
         isinstance(each["path"], str) for each in replaced
     ):
         raise TypeError("its resumptions or bad images are not listed")
+    check_description(info["data"])
+    settings = recorder["settings"]
+    if not all(is_count(settings[key]) for key in ("record_every", "min_spell")):
+        raise TypeError("its settings are no counts")
     if not isinstance(recorder["directory"]["metrics"], str):
         raise TypeError("its metrics are no text")
     encoder = recorder["encoder"]

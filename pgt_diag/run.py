@@ -419,6 +419,14 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the run directories that a folder holds by now, damaged ones among them; maybe none."""
+    try:
+        return [run for run in find_runs([folder]) if run != folder]
+    except RunDirectoryError:
+        return []
+
+
 def _runs_at(path: Path) -> list[Path]:
     _check_target(path)
     left = what_is_left(path)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pgt_diag.checkpoint import KEPT
 from pgt_diag.config import Amp, CudaGraph, Norm, RunConfig
 from pgt_diag.data import ImageData, fetch_data, load_data
 from pgt_diag.data.base import random_number
+from pgt_diag.data.changes import check_training_set, contents_state, data_changes
 from pgt_diag.directory import check_vacant
 from pgt_diag.distributed import World, is_of_a_peer, resolve_device
 from pgt_diag.encoder import default_record_every
@@ -58,6 +60,7 @@ def train(
     download: bool = False,
     force: bool = False,
     resume: ResumePoint | None = None,
+    accept_changed_data: bool = False,
     stop: Callable[[], bool] = lambda: False,
     command: Sequence[str] | None = None,
     world: World | None = None,
@@ -65,10 +68,12 @@ def train(
     """Train and record one run in `directory`; return its path.
 
     resume: go on from there (`pgt_diag.resuming.resume_point`) instead of starting a run; the
-    result is the same, on a CPU to the bit. stop: asked after every iteration; when it says so, a
-    checkpoint is written and KeyboardInterrupt raised. world: the processes that train together,
-    each of which calls this function with the same arguments; by default this one alone. On a CPU
-    the process keeps the memory that it has once taken: see `pgt_diag.allocator`.
+    result is the same, on a CPU to the bit. accept_changed_data: go on also where the training set
+    is no longer that of the run, and record it; another test set is accepted anyhow, and recorded
+    as well. stop: asked after every iteration; when it says so, a checkpoint is written and
+    KeyboardInterrupt raised. world: the processes that train together, each of which calls this
+    function with the same arguments; by default this one alone. On a CPU the process keeps the
+    memory that it has once taken: see `pgt_diag.allocator`.
 
     Raises ConfigurationError, DataError or RunDirectoryError before anything is written,
     NoSpaceError also when the disk cannot hold the run, and DivergedError when the loss becomes
@@ -81,7 +86,14 @@ def train(
     with world.together():
         if resume is None and world.first:
             check_vacant(directory, force=force)
-        session = _Session(config, directory, world, download=download)
+        session = _Session(
+            config,
+            directory,
+            world,
+            download=download,
+            state=state,
+            accept_changed_data=accept_changed_data,
+        )
         if world.first:
             session.check_space(new=state is None)
     with world.together():
@@ -99,6 +111,7 @@ def plan(
     download: bool = False,
     force: bool = False,
     resume: ResumePoint | None = None,
+    accept_changed_data: bool = False,
     processes: int = 1,
 ) -> Plan:
     """Return what `train` would do, having checked everything it checks, and write nothing.
@@ -108,8 +121,16 @@ def plan(
     if resume is None:
         check_vacant(Path(directory), force=force)
     world = World(0, processes, resolve_device(config.device))
-    session = _Session(config, Path(directory), world, download=download and processes == 1)
-    session.check_space(new=resume is None or resume.state is None)
+    state = resume.state if resume is not None else None
+    session = _Session(
+        config,
+        Path(directory),
+        world,
+        download=download and processes == 1,
+        state=state,
+        accept_changed_data=accept_changed_data,
+    )
+    session.check_space(new=state is None)
     return session.plan(resume)
 
 
@@ -195,6 +216,14 @@ def _check_single_images(model: nn.Module, image: Tensor, config: RunConfig) -> 
         ) from None
 
 
+def _changed(change: tuple[str, str]) -> str:
+    """Say that a split has changed, and what that means."""
+    split, what = change
+    if split == "train":
+        return f"the training set has changed, which is accepted and recorded: {what}"
+    return f"the test set has changed, and test accuracies so far are of the earlier one: {what}"
+
+
 def _options(group: Mapping[str, Any]) -> dict[str, str]:
     # As text: to the fused step 0 and False are not the same.
     return {key: repr(value) for key, value in group.items() if key not in ("params", "lr")}
@@ -209,8 +238,14 @@ class _Position:
     sums: Tensor
     """Σ loss and correct predictions of the epoch so far, (2,) float64, on the device."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "batch": self.batch, "sums": self.sums.cpu()}
+    def state_dict(self, steps: int, each: int) -> dict[str, Any]:
+        """Return it; steps: made so far, which are others where epochs did not all have `each`."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": self.sums.cpu(),
+            "extra": steps - (self.epoch * each + self.batch),
+        }
 
     def next_epoch(self) -> None:
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, torch.zeros_like(self.sums)
@@ -222,7 +257,16 @@ class _Session:
     recorder: FilterRecorder
     step: TrainingStep
 
-    def __init__(self, config: RunConfig, directory: Path, world: World, *, download: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: Path,
+        world: World,
+        *,
+        download: bool,
+        state: Mapping[str, Any] | None,
+        accept_changed_data: bool,
+    ) -> None:
         self.config = config
         self.directory = directory
         self.world = world
@@ -237,7 +281,12 @@ class _Session:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(mode=True)
         self.data = self._load_data(download=download)
-        self.iterations = self.data.batches_per_epoch * config.epochs
+        self.changes: dict[str, str] = {}
+        if state is not None and world.first:
+            self.changes = self._changes(state, accept=accept_changed_data)
+        # What the length of a run decides stays as it was at its start.
+        self.settings: Mapping[str, Any] = state["recorder"]["settings"] if state else {}
+        self.iterations = self._planned(state)
         self.model = self._build_model()
         if self.world.rank:
             # Dropout of its own; the weights are the first process's.
@@ -246,13 +295,38 @@ class _Session:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is Amp.FP16)
         sums = torch.zeros(2, device=self.device, dtype=torch.float64)
         self.position = _Position(epoch=0, batch=0, sums=sums)
-        self.meter = Meter(config.batch_size, self.data.batches_per_epoch, config.epochs)
+        self.meter = Meter(config.batch_size, self.iterations)
         self.bad_images: dict[str, dict[str, str]] = {}
 
     def _load_data(self, *, download: bool) -> ImageData:
         if download:
             self.world.on_each_machine(lambda: fetch_data(self.config))
         return load_data(self.config, device=self.device, shard=self.world.shard)
+
+    @cached_property
+    def data_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, to find it changed later."""
+        return contents_state(self.data)
+
+    def _changes(self, state: Mapping[str, Any], *, accept: bool) -> dict[str, str]:
+        """Say what is no longer as it was when the state was saved; see `data_changes`.
+
+        Raises DataError for a changed training set that is not accepted.
+        """
+        earlier = json.loads(state["recorder"]["directory"]["info"])
+        changes = data_changes(self.data, earlier["data"], state.get("data"))
+        check_training_set(changes, f"the run in {self.directory}", accept=accept)
+        return changes
+
+    def _planned(self, state: Mapping[str, Any] | None) -> int:
+        """Return how many iterations the run has: those that it had, and those that are left."""
+        each, epochs = self.data.batches_per_epoch, self.config.epochs
+        if state is None:
+            return each * epochs
+        steps, position = int(state["recorder"]["steps"]), state["position"]
+        epoch, batch = int(position["epoch"]), int(position["batch"])
+        left = max(0, each - batch) + each * (epochs - epoch - 1)
+        return steps + max(0, left)
 
     def _build_model(self) -> nn.Module:
         config = self.config
@@ -324,7 +398,12 @@ class _Session:
         return 2 * weights + 200 * sum(c.out_channels for c in convolutions(self.model).values())
 
     def _record_every(self) -> int:
-        return self.config.record_every or default_record_every(self.iterations)
+        default: int = self.settings.get("record_every") or default_record_every(self.iterations)
+        return self.config.record_every or default
+
+    def _min_spell(self) -> int:
+        default: int = self.settings.get("min_spell") or max(1, round(self.iterations / 1000))
+        return self.config.min_spell or default
 
     def record(
         self, *, force: bool, command: Sequence[str] | None, resume: ResumePoint | None
@@ -339,17 +418,23 @@ class _Session:
         }
         info: dict[str, Any] = {"config": config.to_mapping(), **here}
         if state is None:
+            info["model"] = config.model
+            info["command"] = list(command) if command is not None else None
+        if self.world.first and (state is None or self.changes):
             info |= {
-                "model": config.model,
-                "command": list(command) if command is not None else None,
                 "data": self.data.description(),
                 "planned_iterations": self.iterations,
                 "iterations_per_epoch": self.data.batches_per_epoch,
             }
         try:
             if state is not None:
-                self._load(state)
                 earlier = json.loads(state["recorder"]["directory"]["info"])
+                self._load(state, earlier.get("iterations_per_epoch"))
+                if self.changes:
+                    info["changed_data"] = [
+                        *earlier.get("changed_data", ()),
+                        {"iteration": state["recorder"]["steps"], **self.changes},
+                    ]
                 steps = [*earlier.get("resumed_from", ()), state["recorder"]["steps"]]
                 info["resumed_from"] = steps
                 self.bad_images = {each["path"]: each for each in earlier.get("bad_images", ())}
@@ -358,7 +443,7 @@ class _Session:
                 self.directory,
                 optimizer=self.optimizer,
                 record_every=self._record_every(),
-                min_spell=config.min_spell or max(1, round(self.iterations / 1000)),
+                min_spell=self._min_spell(),
                 stop_when_diverged=True,
                 info=info,
                 resume=state["recorder"] if state is not None else None,
@@ -379,7 +464,8 @@ class _Session:
                 self.recorder.close("failed", f"{type(error).__name__}: {error}")
                 raise
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _load(self, state: Mapping[str, Any], earlier_each: int | None) -> None:
+        """Load a checkpoint; earlier_each: how many iterations an epoch of its data had."""
         self.model.load_state_dict(state["model"])
         self._load_optimizer(state["optimizer"], state["recorder"]["steps"])
         self.scaler.load_state_dict(state["scaler"])
@@ -390,7 +476,8 @@ class _Session:
             batch=int(position["batch"]),
             sums=position["sums"].to(self.position.sums),
         )
-        done = self.position.epoch * self.data.batches_per_epoch + self.position.batch
+        each = self.data.batches_per_epoch if earlier_each is None else earlier_each
+        done = self.position.epoch * each + self.position.batch + position.get("extra", 0)
         if done != state["recorder"]["steps"] or self.position.epoch > self.config.epochs:
             raise ValueError(f"it is not of step {state['recorder']['steps']}")
         metrics = str(state["recorder"]["directory"]["metrics"])
@@ -435,7 +522,10 @@ class _Session:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "random": random,
-                "position": self.position.state_dict(),
+                "position": self.position.state_dict(
+                    self.recorder.steps, self.data.batches_per_epoch
+                ),
+                "data": self.data_state,
                 "meter": self.meter.state_dict(self.recorder.seconds),
                 "recorder": recorder,
             },
@@ -527,6 +617,7 @@ class _Session:
                 done = int(resume.state["recorder"]["steps"])
                 epoch = int(resume.state["position"]["epoch"])
                 notes += self._differences(resume.state)
+                notes += tuple(map(_changed, self.changes.items()))
         return Plan(
             directory=self.directory,
             config=self.config,
@@ -581,7 +672,7 @@ class _Session:
                 position.batch += 1
                 listener.iterated(meter.progress(position.epoch, self.recorder))
                 self._save_when_due(stop)
-            metrics = meter.finish_epoch(position.sums, self.recorder)
+            metrics = meter.finish_epoch(position.sums, position.batch, self.recorder)
             self.recorder.flush()
             self._check_divergence()
             test_loss, test_accuracy = self._evaluate(stop)
@@ -598,7 +689,7 @@ class _Session:
                 metrics.accuracy,
                 test_loss,
                 test_accuracy,
-                self._learning_rate(self.recorder.steps - 1),
+                self._learning_rate(back=1),
                 metrics.seconds,
                 metrics.images_per_second,
                 metrics.recorder_seconds,
@@ -615,10 +706,14 @@ class _Session:
         self._save_checkpoint(kept=1)
 
     def _step(self, parts: Sequence[Tensor]) -> Tensor:
-        return self.step(parts, self._learning_rate(self.recorder.steps))
+        return self.step(parts, self._learning_rate())
 
-    def _learning_rate(self, iteration: int) -> float:
-        return learning_rate(self.config, iteration, self.data.batches_per_epoch)
+    def _learning_rate(self, back: int = 0) -> float:
+        """Return that of the coming iteration, or of one before it."""
+        # By epochs, not by steps: where the data has changed, an epoch had more of them, or fewer.
+        each = self.data.batches_per_epoch
+        place = self.position.epoch * each + min(self.position.batch, each)
+        return learning_rate(self.config, place - back, each)
 
     @torch.no_grad()
     def _evaluate(self, stop: Callable[[], bool]) -> tuple[float, float]:

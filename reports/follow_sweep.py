@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgt_diag.directory import RUN_FILE
-from pgt_diag.errors import PgtDiagError, RunDirectoryError
+from pgt_diag.errors import PgtDiagError
 from pgt_diag.reading import is_locked
-from pgt_diag.run import find_runs
+from pgt_diag.run import runs_in
 from pgt_diag.sweep.status import PLAN_FILE, planned_names
 from reports.follow import Follower, Snapshot, last_write
 
@@ -54,15 +54,7 @@ def is_folder_of_runs(path: Path) -> bool:
     """Whether a path is no run itself but a sweep's directory, or holds runs."""
     if (path / RUN_FILE).exists():
         return False
-    return (path / PLAN_FILE).exists() or bool(_runs_in(path))
-
-
-def _runs_in(path: Path) -> list[str]:
-    """Return the names of the runs that a folder holds, damaged ones among them."""
-    try:
-        return [run.name for run in find_runs([path]) if run != path]
-    except RunDirectoryError:  # there are none yet
-        return []
+    return (path / PLAN_FILE).exists() or bool(runs_in(path))
 
 
 class SweepFollower:
@@ -75,7 +67,7 @@ class SweepFollower:
 
     def look(self, now: float) -> SweepSnapshot:
         """Return the runs as they are at `now` (seconds since the epoch, as file times are)."""
-        found = _runs_in(self.path)
+        found = [run.name for run in runs_in(self.path)]
         names = list(dict.fromkeys([*planned_names(self.path), *found]))
         runs = tuple(self._look_at(name, now) for name in names)
         goes_on = any(run.state == "running" for run in runs)

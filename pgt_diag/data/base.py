@@ -4,12 +4,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgt_diag.config import Augment, DatasetName, RunConfig
+from pgt_diag.data.contents import Contents
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.preflight import check_batch
@@ -103,6 +105,11 @@ class ImageData(ABC):
         """What a person should know of the data before training, a line each."""
         return self._facts.notes
 
+    @cached_property
+    def contents(self) -> tuple[Contents, Contents]:
+        """What the training and the test images are; it takes seconds for a folder of millions."""
+        return self._contents()
+
     @property
     def batches_per_epoch(self) -> int:
         """Full batches in an epoch; the incomplete last one is dropped, as in the paper's code."""
@@ -169,18 +176,25 @@ class ImageData(ABC):
 
     def description(self) -> dict[str, Any]:
         """Return what a run directory should say of its data, as plain JSON values."""
+        train, test = self.contents
         return {
             "name": self.name,
             "classes": list(self.classes),
             "image_size": self.image_size,
             "train_images": self.train_size,
             "test_images": self.test_size,
+            "train_digest": train.digest,
+            "test_digest": test.digest,
             "mean": list(self._facts.mean),
             "std": list(self._facts.std),
             "augment": self.augment.value,
             "split": self._facts.split,
             "source": self._facts.source,
         }
+
+    @abstractmethod
+    def _contents(self) -> tuple[Contents, Contents]:
+        """Return what `contents` keeps."""
 
     @abstractmethod
     def _test_originals(self, indices: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """ImageNet-style folders: DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, decoded batch by batch."""
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from pgt_diag.config import Augment, Decode, RunConfig
 from pgt_diag.data.base import BadImage, Facts, ImageData, chosen_augmentation, random_number
+from pgt_diag.data.contents import Contents
 from pgt_diag.data.decoding import BatchDecoder, Encoded
 from pgt_diag.data.images import ImageFiles, Jpeg, readable
 from pgt_diag.data.listing import Split, list_splits
@@ -106,6 +108,13 @@ class FolderData(ImageData):
         """End the worker processes; see `ImageData.close`."""
         self._loader.close()
 
+    def _contents(self) -> tuple[Contents, Contents]:
+        train, test = (
+            Contents.of_files(_files(files.split))
+            for files in (self._images.train, self._images.test)
+        )
+        return train, test
+
     def _test_originals(self, indices: Tensor) -> Tensor:
         samples = [self._images.load(None, index) for index in indices.tolist()]
         for _, _, bad in samples:
@@ -135,6 +144,17 @@ class FolderData(ImageData):
 
     def _note(self, bad: Iterable[BadImage]) -> None:
         self._bad |= {image.path: image for image in bad}
+
+
+def _files(split: Split) -> Iterator[tuple[str, str, int]]:
+    """Yield every image's class, its path within the split, and its size in bytes."""
+    start = len(str(split.folder)) + 1
+    for path, label in zip(split.paths, split.target.tolist(), strict=True):
+        try:
+            size = os.stat(path).st_size  # noqa: PTH116 (a million times)
+        except OSError:  # gone since it was listed; told when its turn comes
+            size = -1
+        yield readable(split.classes[label]), readable(path[start:].replace(os.sep, "/")), size
 
 
 _FEW_CLASSES = 10

@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from pgt_diag.config import Augment, RunConfig
 from pgt_diag.data.base import Facts, ImageData, chosen_augmentation, seeded
+from pgt_diag.data.contents import Contents
 from pgt_diag.distributed import Shard
 from pgt_diag.errors import ConfigurationError
 
@@ -18,7 +19,10 @@ _CHUNK = 4096
 
 @dataclass(frozen=True)
 class RawImages:
-    """A data set as read: images (N, C, S, S) uint8 with C 1 or 3, targets (N,) int64."""
+    """A data set as read: images (N, C, S, S) uint8 with C 1 or 3, targets (N,) int64.
+
+    Of images that are made up, `made_of` holds the plain values that decide them.
+    """
 
     train_images: Tensor
     train_target: Tensor
@@ -27,6 +31,18 @@ class RawImages:
     classes: tuple[str, ...]
     split: str
     source: str
+    made_of: tuple[int | str, ...] = ()
+
+    def contents(self) -> tuple[Contents, Contents]:
+        """Return what the training and the test images are."""
+        if self.made_of:
+            counts = (len(self.train_images), len(self.test_images))
+            train, test = (Contents.of_parameters(count, *self.made_of) for count in counts)
+            return train, test
+        return (
+            Contents.of_tensors(self.train_images, self.train_target),
+            Contents.of_tensors(self.test_images, self.test_target),
+        )
 
 
 class InMemoryData(ImageData):
@@ -46,6 +62,7 @@ class InMemoryData(ImageData):
             raw.classes, size, len(train), raw.test_target, mean, std, raw.split, raw.source
         )
         super().__init__(config, device, facts, shard)
+        self._raw_contents = raw.contents()  # of what is resized, and is not kept as it was
         self._train = train.to(device)
         self._train_target = raw.train_target.to(device)
         self._test = resize(raw.test_images, size).to(device)
@@ -76,6 +93,9 @@ class InMemoryData(ImageData):
         for part in self._test_parts():
             chosen = part.to(self.device)
             yield self._normalise(self._test[chosen]), self._test_target[chosen]
+
+    def _contents(self) -> tuple[Contents, Contents]:
+        return self._raw_contents
 
     def _test_originals(self, indices: Tensor) -> Tensor:
         return self._test[indices.to(self.device)].expand(-1, 3, -1, -1).cpu()

@@ -175,6 +175,7 @@ def make_synthetic(config: RunConfig) -> RawImages:
         classes=tuple(f"class {label}" for label in range(classes)),
         split="a quarter as many test images as training images",
         source="made up by pgt-diag",
+        made_of=("synthetic", count, classes, size),
     )
 
 

@@ -9,17 +9,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pgt_diag import storage, training
-from pgt_diag.config import RESUMABLE_WITH, RunConfig
-from pgt_diag.data import fetch_data
+from pgt_diag.config import RESUMABLE_WITH, DatasetName, Decode, RunConfig
+from pgt_diag.data import fetch_data, load_data
+from pgt_diag.data.changes import check_description, check_training_set, data_changes
 from pgt_diag.directory import what_is_left
-from pgt_diag.errors import DataError, NoSpaceError, RunDirectoryError, storage_error
+from pgt_diag.errors import (
+    DataError,
+    NoSpaceError,
+    PgtDiagError,
+    RunDirectoryError,
+    storage_error,
+)
 from pgt_diag.progress import Listener
 from pgt_diag.reading import is_locked
 from pgt_diag.resuming import ResumePoint, resume_point
+from pgt_diag.run import Run, load_run, runs_in
 from pgt_diag.sweep.grid import Row
 from pgt_diag.sweep.processes import train_in_processes
 from pgt_diag.sweep.status import RowStatus, State, status_of
@@ -45,6 +54,7 @@ def make_row(
     *,
     processes: int = 1,
     retry_failed: bool = False,
+    accept_changed_data: bool = False,
     listener: Listener | None = None,
     look: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
@@ -55,7 +65,8 @@ def make_row(
     and `look` is called now and then.
 
     A finished one is left, one that another process makes as well (RUNNING), and a failed one
-    unless `retry_failed`. What goes wrong with this run alone is told in the status.
+    unless `retry_failed`. Its data has to be that of the folder's other runs on the same data set,
+    unless `accept_changed_data`. What goes wrong with this run alone is told in the status.
 
     Raises DataError and NoSpaceError, which no other row would escape, and KeyboardInterrupt.
     """
@@ -68,16 +79,25 @@ def make_row(
             return status
         directory = folder / row.name
         try:
+            check_data(row, folder, accept=accept_changed_data)
             with _own_settings():
                 point = starting_point(directory, retry_failed=retry_failed)
                 if processes > 1:
-                    train_in_processes(row, directory, processes, look=look, stop=stop)
+                    train_in_processes(
+                        row,
+                        directory,
+                        processes,
+                        accept_changed_data=accept_changed_data,
+                        look=look,
+                        stop=stop,
+                    )
                 else:
                     training.train(
                         _config(row, point),
                         directory,
                         listener=listener,
                         resume=point,
+                        accept_changed_data=accept_changed_data,
                         stop=stop,
                         command=row.command(directory),
                     )
@@ -97,6 +117,7 @@ def make_rows(
     *,
     processes: int = 1,
     retry_failed: bool = False,
+    accept_changed_data: bool = False,
     listener: SweepListener | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[RowStatus]:
@@ -120,6 +141,7 @@ def make_rows(
                     folder,
                     processes=processes,
                     retry_failed=retry_failed,
+                    accept_changed_data=accept_changed_data,
                     listener=listener.row_listener(row),
                     look=partial(_tell, row, folder, listener),
                     stop=stop,
@@ -133,6 +155,45 @@ def make_rows(
         if not progressed:
             time.sleep(_LOOK_SECONDS)
     return [results[row] for row in rows]
+
+
+def check_data(row: Row, folder: Path, *, accept: bool, elsewhere: bool = False) -> None:
+    """Compare a row's data with that of the runs in `folder` on the same data set.
+
+    elsewhere: the row is made on other machines, and its data need not be on this one.
+
+    Raises DataError for another training set, unless that is accepted: rows are to be compared, and
+    those that are finished would stay. Its own run is left to training, which knows more of it.
+    """
+    earlier = [] if accept else [run for run in _runs_on(row, folder) if run.path.name != row.name]
+    if not earlier:
+        return
+    try:
+        data = load_data(replace(row.config, decode=Decode.CPU, batch_size=1))
+    except DataError:
+        if elsewhere:
+            return
+        raise
+    for run in earlier:
+        check_training_set(
+            data_changes(data, run.info["data"]), f"the run in {run.path}", accept=False
+        )
+
+
+def _runs_on(row: Row, folder: Path) -> Iterator[Run]:
+    """Yield the folder's runs on the same data set as a row, as far as they tell."""
+    for path in runs_in(folder):
+        with contextlib.suppress(PgtDiagError, AttributeError, KeyError, TypeError, ValueError):
+            run = load_run(path)
+            check_description(run.info["data"])
+            if run.config is not None and _data_set(run.config) == _data_set(row.config):
+                yield run
+
+
+def _data_set(config: RunConfig) -> tuple[Any, ...]:
+    if config.dataset is not DatasetName.SYNTHETIC:
+        return (config.dataset,)
+    return config.image_size, config.synthetic_images, config.synthetic_classes
 
 
 def fetch_all(rows: Sequence[Row]) -> None:

@@ -21,7 +21,13 @@ _ERROR = "pgt-diag: error: "
 
 
 def train_in_processes(
-    row: Row, directory: Path, processes: int, *, look: Callable[[], None], stop: Callable[[], bool]
+    row: Row,
+    directory: Path,
+    processes: int,
+    *,
+    accept_changed_data: bool = False,
+    look: Callable[[], None],
+    stop: Callable[[], bool],
 ) -> None:
     """Make a row's run, or go on with it; `look` is called now and then meanwhile.
 
@@ -30,6 +36,7 @@ def train_in_processes(
     checkpoint, and PgtDiagError, with the last line that was told, for anything else.
     """
     command = row.command(directory, processes)
+    command += ["--accept-changed-data"] if accept_changed_data else []
     with tempfile.TemporaryFile() as told:
         process = subprocess.Popen(
             [sys.executable, "-m", "pgt_diag", *command[1:], "--json"],

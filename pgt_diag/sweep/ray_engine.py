@@ -33,6 +33,7 @@ def make_rows_on_ray(
     cpus_per_run: float | None = None,
     gpus_per_run: float | None = None,
     retry_failed: bool = False,
+    accept_changed_data: bool = False,
     listener: SweepListener | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[RowStatus]:
@@ -73,8 +74,15 @@ def make_rows_on_ray(
                     continue
                 cpus, gpus = _resources(row, machines, processes, cpus_per_run, gpus_per_run)
                 placed = task.options(num_cpus=cpus, num_gpus=gpus, name=row.name)
-                task_row = row.anywhere()
-                active[placed.remote(task_row, folder, stop_file, processes, retry_failed)] = row
+                made = placed.remote(
+                    row.anywhere(),
+                    folder,
+                    stop_file,
+                    processes=processes,
+                    retry_failed=retry_failed,
+                    accept_changed_data=accept_changed_data,
+                )
+                active[made] = row
             _collect(ray, active, folder, results, listener, stop, stop_file)
             if not active and len(results) < len(rows):
                 if stop():
@@ -134,18 +142,15 @@ def _check_address(address: str) -> None:
         ) from None
 
 
-def _task(row: Row, folder: Path, stop_file: Path, processes: int, retry_failed: bool) -> _Answer:
-    """Make a row in a worker; None when it was asked to stop, the error that ends the sweep."""
+def _task(row: Row, folder: Path, stop_file: Path, **options: Any) -> _Answer:
+    """Make a row in a worker, with `make_row`'s options.
+
+    None when it was asked to stop, the error that ends the sweep.
+    """
     if stop_file.exists():
         return None
     try:
-        return make_row(
-            row,
-            folder,
-            processes=processes,
-            retry_failed=retry_failed,
-            stop=_Look(stop_file),
-        )
+        return make_row(row, folder, stop=_Look(stop_file), **options)
     except KeyboardInterrupt:
         return None
     except PgtDiagError as error:

@@ -23,6 +23,7 @@ def write_job_arrays(
     folder: Path,
     *,
     processes: int = 1,
+    accept_changed_data: bool = False,
     cpus_per_run: float | None,
     gpus_per_run: float | None,
 ) -> list[Path]:
@@ -44,6 +45,7 @@ def write_job_arrays(
             processes,
             cpus_per_run,
             gpus_per_run,
+            accept_changed_data=accept_changed_data,
         )
         for number, part in enumerate(parts, 1)
     ]
@@ -55,10 +57,13 @@ def _write_job_array(
     processes: int,
     cpus_per_run: float | None,
     gpus_per_run: float | None,
+    *,
+    accept_changed_data: bool,
 ) -> Path:
     folder = path.parent
     storage.make_folder(folder)
-    commands = [row.anywhere().command(folder / row.name, processes) for row in rows]
+    more = ["--accept-changed-data"] if accept_changed_data else []
+    commands = [[*row.anywhere().command(folder / row.name, processes), *more] for row in rows]
     lines = "".join(f"{shlex.join(command)}\n" for command in commands).encode()
     # Named by content: a job array that still waits keeps the rows that it was submitted with.
     rows_file = folder / f"rows-{hashlib.sha256(lines).hexdigest()[:8]}.txt"
