@@ -50,6 +50,9 @@ class Layer:
     filters: int
     weight_shape: tuple[int, ...]
     activation: str
+    addition: bool | None = None
+    """Whether two maps are added between the convolution and its activation: then a filter of zeros
+    still gets a gradient. None where that was not seen, or no activation follows."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
                 filters=int(entry["filters"]),
                 weight_shape=tuple(map(int, entry["weight_shape"])),
                 activation=str(entry["activation"]),
+                addition=_bool_or_none(entry.get("addition")),
             )
             for index, entry in enumerate(entries or ())
         )
@@ -165,6 +169,12 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
     ):
         raise RunDirectoryError(f"{path / RUN_FILE}: unusable layer list")
     return layers
+
+
+def _bool_or_none(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise TypeError(f"addition is {value!r:.20}")
 
 
 def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pgt_diag import trace
-from pgt_diag.activations import Tap, convolutions
+from pgt_diag.activations import Tap, any_known, convolutions
 from pgt_diag.arguments import (
     Place,
     Places,
@@ -506,6 +506,7 @@ class FilterRecorder:
                     filters=self._filters[name],
                     weight_shape=tuple(module.weight.shape),
                     activation="; ".join(map(str, taps.get(name, ()))) or "not seen",
+                    addition=any_known([tap.addition for tap in taps.get(name, ())] or [None]),
                 )
             )
             for index, (name, module) in enumerate(self._convolutions.items())
