@@ -20,6 +20,7 @@ Node = Any
 """torch.autograd.graph.Node; its classes are not public."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 # Activations and what may stand before them, by the names of their autograd nodes.
 _ACTIVATIONS = frozenset(
@@ -79,6 +80,8 @@ class Tap:
 
     where: Call
     reading: Reading
+    addition: bool | None = None
+    """Whether another map is added between the convolution and its activation, if that is known."""
 
     def __str__(self) -> str:
         """Return it for people: `output of layer1.0.relu, call 2`."""
@@ -173,14 +176,14 @@ class ActivationFinder:
         found = _first_activation(node, consumers)
         if found is None:
             return Tap(Call(name, call, "output"), "peak")
-        activation, before = found
+        activation, before, addition = found
         filters = self._modules[name].out_channels
         for seen, channels in self._seen.get(activation, ()):
             if channels == filters:
-                return Tap(seen, "sum" if _is_relu(activation) else "peak")
+                return Tap(seen, "sum" if _is_relu(activation) else "peak", addition)
         for seen, channels in self._seen.get(before, ()):
             if _is_relu(activation) and channels == filters:
-                return Tap(seen, "positive")
+                return Tap(seen, "positive", addition)
         return None
 
     def _input_hook(self, name: str) -> Any:
@@ -209,7 +212,7 @@ class ActivationFinder:
             self._seen.setdefault(tensor.grad_fn, []).append((call, tensor.shape[1]))
 
 
-def convolutions(model: nn.Module) -> dict[str, nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+def convolutions(model: nn.Module) -> dict[str, Convolution]:
     """Return the convolutions that are recorded, by qualified name, in module order."""
     return {
         name: module
@@ -256,16 +259,39 @@ def _consumers(roots: Iterable[Node]) -> dict[Node, list[Node]]:
     return consumers
 
 
-def _first_activation(node: Node, consumers: dict[Node, list[Node]]) -> tuple[Node, Node] | None:
-    """Return the nearest activation after `node` and the node whose output it takes."""
-    waiting = deque([node])
+def _first_activation(
+    node: Node, consumers: dict[Node, list[Node]]
+) -> tuple[Node, Node, bool | None] | None:
+    """Return the nearest activation after `node`, and the node whose output it takes.
+
+    And whether another map is added on the way; None where that cannot be told.
+    """
+    waiting: deque[tuple[Node, bool | None]] = deque([(node, False)])
     visited = {node}
     while waiting:
-        before = waiting.popleft()
+        before, added = waiting.popleft()
         for after in consumers.get(before, ()):
             if after.name() in _ACTIVATIONS:
-                return after, before
+                return after, before, added
             if after.name() in _CHANNEL_PRESERVING and after not in visited:
                 visited.add(after)
-                waiting.append(after)
+                waiting.append((after, any_known([added, _adds_maps(after)])))
     return None
+
+
+def _adds_maps(node: Node) -> bool | None:
+    """Whether a node adds maps of one shape; None for a number, or a map without a gradient."""
+    if node.name() not in ("AddBackward0", "SubBackward0"):
+        return False
+    if any(below is None for below, _ in node.next_functions):
+        return None
+    shape = node._input_metadata[0].shape
+    return all(below._input_metadata[i].shape == shape for below, i in node.next_functions)
+
+
+def any_known(answers: Iterable[bool | None]) -> bool | None:
+    """Return whether one of the answers is yes; None where none is, and one is not known."""
+    answers = set(answers)
+    if True in answers:
+        return True
+    return None if None in answers else False

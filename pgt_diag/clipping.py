@@ -40,7 +40,8 @@ def adaptive_clip_grad_(
     Shapes: parameters, one tensor or any number, of any shape; each factor (filters,), or (1,) for
         a scalar or a vector.
     Dtypes: any floating type; norms in at least float32, factors returned in float32.
-    Raises: ConfigurationError (a ValueError) unless λ and ε are positive and finite.
+    Raises: ConfigurationError (a ValueError) unless λ and ε are positive and finite, and parameters
+        are tensors.
     Source: Brock et al. 2021 (arXiv 2102.06171), Eq. 3; google-deepmind/deepmind-research,
         nfnets/optim.py.
     """
@@ -176,14 +177,24 @@ def _clip_alike_(
 
 
 def _listed(parameters: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    return [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    whole = isinstance(parameters, nn.Module)
+    listed: list[Any] = [parameters] if whole else list(parameters)
+    for each in listed:
+        if not isinstance(each, Tensor):
+            raise ConfigurationError(
+                f"parameters holds a {type(each).__name__}; give tensors, such as "
+                "model.parameters()"
+            )
+    return listed
 
 
 def _filters(parameter: Tensor) -> int:
     return len(parameter) if parameter.dim() > 1 else 1
 
 
-def _require_positive(name: str, value: float) -> None:
+def _require_positive(name: str, value: Any) -> None:
     # Written so that NaN, which fails every comparison, fails this one.
-    if not 0 < value < math.inf:
+    if value is None or isinstance(value, str) or not 0 < value < math.inf:
         raise ConfigurationError(f"{name} is {value}; it must be positive and finite")

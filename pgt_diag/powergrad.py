@@ -88,8 +88,8 @@ class PowerGradCrossEntropyLoss(nn.Module):
     """`power_grad_cross_entropy` as a module, with the arguments of `torch.nn.CrossEntropyLoss`.
 
     Shapes and dtypes: those of `power_grad_cross_entropy`; `weight` (C) is a buffer.
-    Raises: ConfigurationError (a ValueError) for α or label smoothing outside [0, 1] and for an
-        unknown reduction.
+    Raises: ConfigurationError (a ValueError) for α or label smoothing outside [0, 1], an unknown
+        reduction, and an ignore_index that is no whole number.
     Source: Eq. 5 and 6; `torch.nn.CrossEntropyLoss`.
     """
 
@@ -107,6 +107,8 @@ class PowerGradCrossEntropyLoss(nn.Module):
         _require_fraction("alpha", alpha)
         _require_fraction("label_smoothing", label_smoothing)
         _require_reduction(reduction)
+        if type(ignore_index) is not int:
+            raise ConfigurationError(f"ignore_index is {ignore_index!r}; it must be a whole number")
         self.alpha = alpha
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
@@ -179,8 +181,10 @@ def power_grad_gradient_reference(
 
     Shapes: logits and target_probabilities (N, C); returns (N, C), one gradient per example, to be
         averaged or summed as the reduction asks.
+    Raises: ConfigurationError (a ValueError) for α outside [0, 1].
     Source: Eq. 5 and 6.
     """
+    _require_fraction("alpha", alpha)
     z = logits.double()
     # Shifted first: α·z itself would lose digits of a large z.
     z = alpha * (z - z.amax(-1, keepdim=True))
@@ -459,9 +463,9 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _require_fraction(name: str, value: float) -> None:
+def _require_fraction(name: str, value: Any) -> None:
     # Written so that NaN, which fails every comparison, fails this one.
-    if not 0 <= value <= 1:
+    if value is None or isinstance(value, str) or not 0 <= value <= 1:
         raise ConfigurationError(f"{name} is {value}; it must lie in [0, 1]")
 
 

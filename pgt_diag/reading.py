@@ -44,11 +44,7 @@ MAX_COUNT = 1 << 48
 
 @dataclass(frozen=True)
 class Layer:
-    """A recorded convolution: qualified name, the paper's index, filters, what was observed.
-
-    `addition` says whether an addition stands between its output and the activation; None where
-    that is not known.
-    """
+    """A recorded convolution: qualified name, the paper's index, filters, what was observed."""
 
     name: str
     index: int
@@ -56,6 +52,8 @@ class Layer:
     weight_shape: tuple[int, ...]
     activation: str
     addition: bool | None = None
+    """Whether two maps are added between the convolution and its activation: then a filter of zeros
+    still gets a gradient. None where that was not seen, or no activation follows."""
 
     @property
     def seen(self) -> bool:
@@ -171,7 +169,7 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
                 filters=int(entry["filters"]),
                 weight_shape=tuple(map(int, entry["weight_shape"])),
                 activation=str(entry["activation"]),
-                addition=_true_or_false(entry.get("addition")),
+                addition=_bool_or_none(entry.get("addition")),
             )
             for index, entry in enumerate(entries or ())
         )
@@ -189,8 +187,10 @@ def read_layers(path: Path, entries: list[Any] | None) -> tuple[Layer, ...]:
     return layers
 
 
-def _true_or_false(value: object) -> bool | None:
-    return value if isinstance(value, bool) else None
+def _bool_or_none(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise TypeError(f"addition is {value!r:.20}")
 
 
 def read_metrics(data: bytes, path: Path) -> "pd.DataFrame":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pgt_diag import trace
-from pgt_diag.activations import Tap, convolutions
+from pgt_diag.activations import Tap, any_known, convolutions
 from pgt_diag.arguments import (
     Place,
     Places,
@@ -45,6 +45,7 @@ from pgt_diag.reading import NOT_SEEN, Ending, Layer
 from pgt_diag.reductions import filter_norms, rows_of, write_total_norm
 from pgt_diag.ring import Ring, Row, RowLayout
 from pgt_diag.sgd import MeasuringSGD
+from pgt_diag.used_weights import GradientWatch, parameter_of, used_weight, weight_shape
 from pgt_diag.writer import WriterThread
 
 _HANDOVER_SECONDS = 0.25
@@ -68,6 +69,10 @@ class FilterRecorder:
     accumulated), and the norm over the batch of each GAP feature: the spatial mean of the last
     convolution's post-activation map (in a network that concatenates, name the pooled module), or
     of the output of the module named `gap_module`.
+
+    Of a convolution whose weight is computed from other parameters (weight norm, spectral norm,
+    pruning) the weight is the one that it uses in eval mode, and the gradient the one at that
+    weight; it is unknown where autograd does not show it, and under data parallelism.
 
     A layer whose map cannot be followed (frozen, or behind an operation that is no module), or
     that a step's forward passes did not call, has unknown activity: it is never called silent.
@@ -178,6 +183,7 @@ class FilterRecorder:
         self._measuring: Tensor | None = None
         self._seconds = self._earlier_seconds = 0.0
         self._forget_seen()
+        self._watches: dict[str, GradientWatch] = {}
         self._observer = MapObserver(model, self, named_taps=named_taps, gap_module=named_gap)
         self._step_handles: list[RemovableHandle] = []
         try:
@@ -227,8 +233,9 @@ class FilterRecorder:
 
     @property
     def convolution_weights(self) -> list[tuple[str, Tensor]]:
-        """The recorded convolutions' names and weights."""
-        return [(name, module.weight) for name, module in self._convolutions.items()]
+        """The recorded convolutions' names and weights, those that are parameters."""
+        weights = [(name, parameter_of(module)) for name, module in self._convolutions.items()]
+        return [(name, weight) for name, weight in weights if weight is not None]
 
     @property
     def iterations(self) -> int:
@@ -411,6 +418,8 @@ class FilterRecorder:
     def _detach(self) -> None:
         """Take all hooks off."""
         self._observer.close()
+        for watch in self._watches.values():
+            watch.remove()
         for handle in self._step_handles:
             handle.remove()
         self._step_handles = []
@@ -440,6 +449,7 @@ class FilterRecorder:
             self._directory.unlock()
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        self._watch_computed()
         self._step_handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._step_handles.append(optimizer.register_step_post_hook(self._after_step))
 
@@ -507,8 +517,9 @@ class FilterRecorder:
                     name=name,
                     index=index,
                     filters=self._filters[name],
-                    weight_shape=tuple(module.weight.shape),
+                    weight_shape=weight_shape(module),
                     activation="; ".join(map(str, taps.get(name, ()))) or NOT_SEEN,
+                    addition=any_known([tap.addition for tap in taps.get(name, ())] or [None]),
                 )
             )
             for index, (name, module) in enumerate(self._convolutions.items())
@@ -579,6 +590,7 @@ class FilterRecorder:
         self._share_activity(row)
         if self._rank:
             return
+        self._watch_computed()
         self._measuring = self._have_it_measured(row, optimizer)
         if self._measuring is None:
             self._write_gradient_norms(row, optimizer)
@@ -646,7 +658,13 @@ class FilterRecorder:
     # Measurements
 
     def _weights(self) -> list[Tensor]:
-        return [module.weight for module in self._convolutions.values()]
+        return [used_weight(module) for module in self._convolutions.values()]
+
+    def _watch_computed(self) -> None:
+        """Follow the gradients of weights that are no parameters; pruning may begin in mid-run."""
+        for name, module in self._convolutions.items():
+            if parameter_of(module) is None and name not in self._watches:
+                self._watches[name] = GradientWatch(module)
 
     def _have_it_measured(self, row: Row, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """Have the optimizer's step write the norms, if it can, with those of other parameters.
@@ -655,6 +673,8 @@ class FilterRecorder:
         """
         if not isinstance(optimizer, MeasuringSGD) or self._world > 1:
             return None  # the other processes' steps would round otherwise
+        if self._watches:
+            return None
         parameters = optimizer.measured()
         places = dict(
             zip(
@@ -697,6 +717,7 @@ class FilterRecorder:
             [*(gradient for gradient, _ in known), *others],
             [*(out for _, out in known), *torch.split(rest, sizes)],
         )
+        self._write_computed(row, told)
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             row.gradient_norms.div_(scale)
@@ -705,6 +726,17 @@ class FilterRecorder:
         if len(with_gradient) < len(self._convolutions):
             norms = torch.cat([norms.new_empty(0), *(out for _, _, out in with_gradient)])
         write_total_norm(norms, rest, row.scalars["grad_norm"])
+
+    def _write_computed(self, row: Row, told: Mapping[str, Tensor]) -> None:
+        """Write the gradient norms at weights that are no parameters, where they are known."""
+        for name, watch in self._watches.items():
+            norms = watch.take_norms()
+            if (
+                name not in told
+                and self._world == 1
+                and parameter_of(self._convolutions[name]) is None
+            ):
+                row.gradient_norms_of[self._index[name]].copy_(norms)
 
     def _put(self, places: Sequence[Tensor], values: Mapping[str, Tensor]) -> None:
         if values:

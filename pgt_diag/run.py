@@ -18,6 +18,7 @@ Every file's content is checked against its SHA-256, which is in its name, in ru
 run.json) in itself.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -400,8 +401,11 @@ class Run:
 def load_run(path: str | Path) -> Run:
     """Load a run directory, finished or not.
 
-    Raises RunDirectoryError when `path` is no run directory, or one of a newer pgt-diag.
+    Raises RunDirectoryError when `path` is no run directory, or one of a newer pgt-diag, and
+    ConfigurationError when it is no path at all.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigurationError(f"path is {path!r:.100}; it must be that of a run directory")
     return Run(Path(path))
 
 
@@ -420,7 +424,7 @@ def find_runs(paths: Iterable[Path]) -> list[Path]:
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """Return the run directories that a folder holds by now, damaged ones among them; maybe none."""
+    """Return the runs that a folder holds by now, damaged ones among them; maybe none."""
     try:
         return [run for run in find_runs([folder]) if run != folder]
     except RunDirectoryError:

@@ -227,6 +227,8 @@ def test_memory_layout_does_not_matter() -> None:
         ({"clip_factor": math.nan}, "clip_factor is nan"),
         ({"eps": 0.0}, "eps is 0.0"),
         ({"eps": math.inf}, "eps is inf"),
+        ({"eps": None}, "eps is None"),
+        ({"clip_factor": "0.1"}, "clip_factor is 0.1"),
     ],
 )
 def test_unusable_factors_are_named(options: dict[str, Any], message: str) -> None:
@@ -234,6 +236,12 @@ def test_unusable_factors_are_named(options: dict[str, Any], message: str) -> No
     with pytest.raises(ConfigurationError, match=message):
         adaptive_clip_grad_(one, **options)
     assert (one.grad == 1).all()
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), nn.Linear(2, 2).named_parameters(), [None]])
+def test_what_is_no_tensor_is_named(wrong: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"parameters holds a (Linear|tuple|NoneType)"):
+        adaptive_clip_grad_(wrong)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """A recorder that cannot begin: told at the call, with nothing kept locked or left behind."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pgt_diag
 from pgt_diag import directory, training
 from pgt_diag.directory import RunDirectory
 from pgt_diag.errors import ConfigurationError, RecorderError, RunDirectoryError
+from pgt_diag.powergrad import power_grad_gradient_reference
 from pgt_diag.reading import is_locked
 from pgt_diag.resuming import resume_point
 from pgt_diag.sweep import making
@@ -273,6 +275,22 @@ def test_an_unknown_window_is_no_window() -> None:
     run._by_name = {"a": None}
     with pytest.raises(ValueError, match="no window 'maximum'; choose one of min, max"):
         run.weight_norms("a", window="maximum")
+
+
+def test_the_functions_refuse_what_they_cannot_compute() -> None:
+    p = torch.tensor([[0.5, 0.5]])
+    calls: list[tuple[Callable[..., Any], str]] = [
+        (lambda: pgt_diag.load_run(None), "path is None"),
+        (lambda: pgt_diag.power_grad_transform(p, None), "alpha is None"),
+        (lambda: pgt_diag.stationary_threshold(p, math.nan), "alpha is nan"),
+        (lambda: power_grad_gradient_reference(p, p, 2), "alpha is 2"),
+        (lambda: pgt_diag.PowerGradCrossEntropyLoss(alpha="0.5"), "alpha is 0.5"),
+        (lambda: pgt_diag.PowerGradCrossEntropyLoss(ignore_index=1.5), "ignore_index is 1.5"),
+        (lambda: pgt_diag.power_grad_cross_entropy(p, p, 0.5, label_smoothing=-1), "smoothing"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ConfigurationError, match=message):
+            call()
 
 
 def picture(count: int = 2) -> dict[str, Any]:
