@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from pgt_diag.config import Device, RunConfig, Stem
+from pgt_diag.machine import busy_note
 from pgt_diag.preflight import check_model
 
 DEFAULTS = RunConfig()
@@ -66,18 +67,19 @@ def bench(
     for name, text in _rows(result).items():
         print(folded(sys.stdout, text, name=name.ljust(_NAMES)))
     print(folded(sys.stdout, "Other load on this machine disturbs these: see the quartiles."))
+    if (busy := busy_note(result["machine"]["busy_cpus_before"])) is not None:
+        print(folded(sys.stdout, f"When this began, {busy}."))
 
 
 def _rows(result: dict[str, Any]) -> dict[str, str]:
     machine, settings, step = result["machine"], result["settings"], result["recording"]
     rate, roofline, loss = result["rate"], result["roofline"], result["loss"]
     agc, trace = result["agc"], result["trace"]
-    load = "" if machine["load_before"] is None else f", load {machine['load_before']:.1f} before"
     timm = agc["times_faster_than_timm"]
     compared = f"; {_spread(timm, '.2f')} times faster than timm's" if timm else ""
     return {
         "machine": f"{machine['device']}, {machine['threads']} threads on "
-        f"{machine['cpu_count']} CPUs, {machine['platform']}{load}",
+        f"{machine['cpu_count']} CPUs, {machine['platform']}",
         "versions": f"pgt-diag {machine['pgt_diag']}, torch {machine['torch']}, torchvision "
         f"{machine['torchvision']}, numpy {machine['numpy']}, Python {machine['python']}",
         "network": f"{settings['model']} (stem {settings['stem']}) without normalisation, "

@@ -1,7 +1,6 @@
 """What a sweep shows: its plan, one view of all its runs, and how they ended."""
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from commands.console import made_again
 from commands.terminal import console, duration, fitted, folded, say, shortened
 from pgt_diag.config import as_typed
 from pgt_diag.errors import PgtDiagError
+from pgt_diag.machine import busy_cpus, busy_note
 from pgt_diag.progress import Listener, Plan
 from pgt_diag.progress import Progress as TrainingProgress
 from pgt_diag.sweep.grid import Grid, Row
@@ -83,8 +83,10 @@ def print_plan(
             alone = ", by one process" if processes > 1 else ""
             say(
                 f"still to do: {_runs(len(left))}, about {duration(seconds)} one after the other "
-                f"on this machine{alone}, at most {size / 1e6:,.0f} MB{_busy()}"
+                f"on this machine{alone}, at most {size / 1e6:,.0f} MB"
             )
+            if (busy := busy_note(busy_cpus())) is not None:
+                say(f"{busy}; an idle machine is faster")
         if needed:
             largest = max(each.memory_bytes for each in needed)
             each_process = " in each process" if processes > 1 else ""
@@ -290,14 +292,6 @@ class _RowListener(Listener):
         status = RowStatus(self._row, State.RUNNING, done=done, planned=total)
         self._view.remember(status)
         self._view.show(self._row, done, total, text, at_once=at_once)
-
-
-def _busy() -> str:
-    """Say that what is measured now takes longer than on an idle machine, where it does."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load < cores + 1:  # our own measurement is part of it
-        return ""
-    return f" (this machine is busy, load {load:.0f} on {cores} cores: an idle one is faster)"
 
 
 def _runs(count: int) -> str:

@@ -8,7 +8,6 @@ import copy
 import importlib
 import importlib.util
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from pgt_diag.encoder import (
 from pgt_diag.errors import ConfigurationError
 from pgt_diag.filters import COLLAPSED_RATIO, ZEROED_RATIO
 from pgt_diag.graph import WARM_UP, CudaCapture, GraphedStep
+from pgt_diag.machine import busy_cpus
 from pgt_diag.models import build_model
 from pgt_diag.powergrad import power_grad_cross_entropy
 from pgt_diag.recorder import FilterRecorder
@@ -282,7 +282,7 @@ def bench(
         images = images.contiguous(memory_format=torch.channels_last)
 
     graph = graph and device.type == "cuda"
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    busy = busy_cpus()
     report("matrix products")
     rate = matmul_rate(device, seconds / 20)
     report("the training step, with and without recording")
@@ -297,7 +297,7 @@ def bench(
         stored, encoding = trace_cost(model, Path(folder))
     images_per_second = batch_size / step["recorded_ms"]["median"] * 1e3
     return {
-        "machine": {**environment(device), "load_before": load},
+        "machine": {**environment(device), "busy_cpus_before": busy},
         "settings": {
             "model": model_name,
             "stem": stem.value,

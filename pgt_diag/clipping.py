@@ -1,6 +1,7 @@
 """Adaptive gradient clipping (AGC): no filter's gradient may outgrow the filter.
 
-The paper's other rule, GC, is `torch.nn.utils.clip_grad_norm_` over all parameters.
+The paper's other rule, GC, is `torch.nn.utils.clip_grad_norm_` over all parameters
+(`clip_global_norm_`).
 """
 
 import math
@@ -64,6 +65,25 @@ def clip_filters_(
         if parameter.grad is not None and not is_asynchronous(parameter):
             take_norms_again(rows_of(parameter.grad), norm)
     return factors, norms
+
+
+@torch.no_grad()
+def clip_global_norm_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients in place so that their L2 norm is at most `max_norm`; return it before.
+
+    The norm is a scalar, (); without gradients it is 0. On a CPU finite gradients have a finite
+    norm: torch's squares overflow from 1e19 on, and its clipping then makes zeros of them all.
+
+    Source: `torch.nn.utils.clip_grad_norm_`, which it equals elsewhere.
+    """
+    parameters = list(parameters)
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if not is_asynchronous(norm) and norm.isinf():
+        norms = [exact_norms(gradient.reshape(1, -1)) for gradient in gradients]
+        norm = exact_norms(torch.stack(norms, dim=1))[0]
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def agc_parameters(model: nn.Module, include_classifier: bool = False) -> list[nn.Parameter]:

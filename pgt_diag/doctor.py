@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import pgt_diag
 from pgt_diag.config import DatasetName, RunConfig
 from pgt_diag.errors import DataError, PgtDiagError
-from pgt_diag.machine import usable_cpus
+from pgt_diag.machine import busy_cpus, busy_note, usable_cpus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,6 +93,7 @@ def machine_checks(folder: Path) -> dict[str, Check]:
         "torch": check_torch,
         "environment": check_environment,
         "threads": check_threads,
+        "other work": check_other_work,
         "gradients": check_gradients,
         "gpu": check_gpu,
         "digits": check_digits,
@@ -233,6 +234,14 @@ def check_threads() -> Finding:
         # Without these variables, torch leaves out hyper-threads, which is right.
         return warning(f"{found}, because {' and '.join(limits)} says so", remedy)
     return ok(found)
+
+
+def check_other_work() -> Finding:
+    """Check that the CPUs are free: training's threads wait for the slowest of them."""
+    taken = busy_cpus()
+    if (note := busy_note(taken)) is None:
+        return ok("the CPUs are free")
+    return warning(note, "training on the CPU takes longer until it ends; train fewer runs at once")
 
 
 def check_gradients() -> Finding:

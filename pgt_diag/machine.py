@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
@@ -26,6 +27,37 @@ def usable_threads(chosen: int) -> int:
     if any(os.environ.get(name) for name in _THREAD_VARIABLES):
         return chosen
     return min(chosen, usable_cpus())
+
+
+def busy_cpus(looks: int = 10, pause: float = 0.03) -> float:
+    """Return how many CPUs other work takes now: the mean of some looks, `pause` seconds apart.
+
+    From what is ready to run but for this thread; where the system does not say, from the load of
+    the last minute.
+    """
+    found = []
+    for _ in range(looks):
+        try:
+            ready = Path("/proc/loadavg").read_text(encoding="ascii").split()[3]
+            found.append(int(ready.partition("/")[0]) - 1)
+        except (OSError, ValueError, IndexError):
+            return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        time.sleep(pause)
+    return sum(found) / len(found)
+
+
+def busy_note(taken: float) -> str | None:
+    """Say that other work takes so many CPUs, where that slows training down; None where not.
+
+    Training uses every CPU, and its threads wait for the slowest of them.
+    """
+    if taken < _BUSY:
+        return None
+    count = os.cpu_count() or 1
+    return f"the machine is busy: other work takes {min(taken, count):.1f} of its {count} CPUs"
+
+
+_BUSY = 0.5
 
 
 def cpu_quota(groups: Path, root: Path) -> float | None:

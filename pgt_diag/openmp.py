@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,15 +35,16 @@ _CHOSEN_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 def sharing_cpus(tell: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Watch, in a thread, whether others need the CPUs; let OpenMP's threads spin while not.
 
-    tell: called once, in that thread, when others are found to need them. Does nothing where the
-    environment says how threads wait, where there is one thread, and where torch's OpenMP is
-    another one than GNU's or the system is not Linux.
+    tell: called once, in that thread, when others are found to need them. Threads wait as ever
+    where the environment says how, where there is one, and where OpenMP is another one than GNU's;
+    nothing is watched where the system does not say how long threads wait for a CPU.
     """
-    if not _can_be_switched():
+    if not (_THREADS / str(threading.get_native_id()) / "schedstat").exists():
         yield
         return
     ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(ended, tell), daemon=True, name="pgt-diag-cpus")
+    watching = partial(_watch, ended, tell, switch=_can_be_switched())
+    watch = threading.Thread(target=watching, daemon=True, name="pgt-diag-cpus")
     watch.start()
     try:
         yield
@@ -107,15 +109,12 @@ def _can_be_switched() -> bool:
     if any(name in os.environ for name in _CHOSEN_BY_USER) or torch.get_num_threads() == 1:
         return False
     try:
-        return (
-            "libgomp" in Path("/proc/self/maps").read_text()
-            and (_THREADS / str(threading.get_native_id()) / "schedstat").exists()
-        )
+        return "libgomp" in Path("/proc/self/maps").read_text()
     except OSError:
         return False
 
 
-def _watch(ended: threading.Event, tell: Callable[[], None]) -> None:
+def _watch(ended: threading.Event, tell: Callable[[], None], *, switch: bool) -> None:
     contention, team, told = Contention(), None, False
     waited, at = waited_seconds(), time.monotonic()
     try:
@@ -123,11 +122,11 @@ def _watch(ended: threading.Event, tell: Callable[[], None]) -> None:
             waited_before, before = waited, at
             waited, at = waited_seconds(), time.monotonic()
             busy = contention.update(max(0.0, waited - waited_before) / (at - before))
-            if busy and team is None:
+            if busy and not told:
+                told = True
+                tell()
+            if busy and switch and team is None:
                 team = SleepingTeam()
-                if not told:
-                    told = True
-                    tell()
             elif not busy and team is not None:
                 team.end()
                 team = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pgt_diag.clipping import agc_parameters, clip_filters_
+from pgt_diag.clipping import agc_parameters, clip_filters_, clip_global_norm_
 from pgt_diag.config import Amp, RunConfig
 from pgt_diag.distributed import World
 from pgt_diag.errors import DivergedError
@@ -171,8 +171,8 @@ class TrainingStep:
     def _clip(self) -> None:
         config = self._config
         if config.method.uses_gc:
-            norm = nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
-            # The factor clip_grad_norm_ applied, by its own formula.
+            norm = clip_global_norm_(self._model.parameters(), config.clip_norm)
+            # The factor that was applied, by torch's own formula.
             coefficient = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             self._recorder.log(grad_norm_before_clip=norm, clip_coefficient=coefficient)
         if config.method.uses_agc:

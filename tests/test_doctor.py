@@ -18,15 +18,15 @@ import torch
 
 from commands import doctor as command
 from commands.app import main
-from pgt_diag import doctor, preflight
+from pgt_diag import doctor, machine, preflight
 from pgt_diag.doctor import Status
 from tests.hostile import HOSTILE
 
 ROOT = Path(__file__).parent.parent
 NAMES = [
     "packages", "python", "pgt-diag", "dependencies", "torch", "environment", "threads",
-    "gradients", "gpu", "digits", "fashion-mnist", "disk space", "writing", "file locks",
-    "shared memory", "report", "browser",
+    "other work", "gradients", "gpu", "digits", "fashion-mnist", "disk space", "writing",
+    "file locks", "shared memory", "report", "browser",
 ]  # fmt: skip
 Usage = namedtuple("Usage", "total used free")
 
@@ -307,6 +307,20 @@ def test_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     monkeypatch.setenv("OMP_NUM_THREADS", "9")
     assert "--threads 4" in doctor.check_threads().remedy
+
+
+@pytest.mark.parametrize(
+    ("ready", "status"), [("1/99", Status.OK), ("2/99", Status.WARNING), ("9/99", Status.WARNING)]
+)
+def test_other_work_on_the_machine_is_told(ready, status, tmp_path, monkeypatch):
+    (tmp_path / "loadavg").write_text(f"0.00 0.00 0.00 {ready} 12345")
+    place = machine.Path
+    monkeypatch.setattr(machine, "Path", lambda _: place(tmp_path / "loadavg"))
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    finding = doctor.check_other_work()
+    assert finding.status is status
+    if status is Status.WARNING:
+        assert f"other work takes {min(int(ready[0]) - 1, 4):.1f} of its 4 CPUs" in finding.found
 
 
 def test_gradients_that_differ_or_are_not_finite(monkeypatch):

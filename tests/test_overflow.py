@@ -12,7 +12,7 @@ from torch import Tensor
 
 import pgt_diag
 from pgt_diag import clipping
-from pgt_diag.clipping import clip_filters_
+from pgt_diag.clipping import clip_filters_, clip_global_norm_
 from pgt_diag.reductions import filter_norms, write_total_norm
 from tests.loops import batches, small_net
 
@@ -108,3 +108,26 @@ def test_a_large_gradient_is_recorded_and_clipped_and_never_called_zero(tmp_path
     np.testing.assert_allclose(found[1], limits, rtol=1e-4)
     assert run.state_counts("zero_gradient")["2"].tolist() == [0, 0]
     assert run.iterations["grad_norm"].iloc[0] == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 1e19, 1e30, 3e38])
+def test_gradients_of_any_size_are_clipped_to_the_global_norm(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, 2), (4,), (5, 6)]
+    parameters = [torch.zeros(shape, requires_grad=True) for shape in shapes]
+    for each in parameters:
+        each.grad = torch.rand(each.shape, generator=generator) * size
+    before = [each.grad.double() for each in parameters]
+    norm = math.hypot(*(value for each in before for value in each.flatten().tolist()))
+    assert float(clip_global_norm_(parameters, 2.0)) == pytest.approx(norm, rel=1e-6)
+    factor = min(1.0, 2.0 / (norm + 1e-6))
+    for each, gradient in zip(parameters, before, strict=True):
+        torch.testing.assert_close(each.grad.double(), gradient * factor, rtol=1e-5, atol=1e-30)
+
+
+def test_infinite_gradients_are_clipped_as_torch_does() -> None:
+    ours, torchs = (torch.zeros(3, requires_grad=True) for _ in range(2))
+    ours.grad, torchs.grad = (torch.tensor([1.0, math.inf, 2.0]) for _ in range(2))
+    norm = torch.nn.utils.clip_grad_norm_([torchs], 2.0)
+    assert torch.equal(clip_global_norm_([ours], 2.0).float(), norm)
+    torch.testing.assert_close(ours.grad, torchs.grad, equal_nan=True)
