@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -39,7 +39,7 @@ def watch(
     from reports.follow_sweep import is_folder_of_runs
 
     screen = terminal.console()
-    view: View = SweepView(run) if is_folder_of_runs(run) else RunView(run)
+    view: View[Any] = SweepView(run) if is_folder_of_runs(run) else RunView(run)
     looks = _looks(view, interval, once)
     try:
         if screen.is_terminal and not screen.is_dumb_terminal:
@@ -55,7 +55,7 @@ def watch(
             raise typer.Exit(1)
 
 
-def _looks(view: "View", interval: float, once: bool) -> Iterator[None]:
+def _looks(view: "View[Any]", interval: float, once: bool) -> Iterator[None]:
     """Look every so often, until what is looked at has ended."""
     while True:
         view.look(time.time())
@@ -65,7 +65,7 @@ def _looks(view: "View", interval: float, once: bool) -> Iterator[None]:
         time.sleep(interval)
 
 
-def _live(screen: "Console", view: "View", looks: Iterator[None], once: bool) -> None:
+def _live(screen: "Console", view: "View[Any]", looks: Iterator[None], once: bool) -> None:
     """Show it on a screen of its own while it goes on, and then leave it behind as it stood."""
     from rich.live import Live
 
@@ -80,7 +80,7 @@ def _live(screen: "Console", view: "View", looks: Iterator[None], once: bool) ->
         screen.print(view.frame(screen))
 
 
-def _lines(screen: "Console", view: "View", looks: Iterator[None]) -> None:
+def _lines(screen: "Console", view: "View[Any]", looks: Iterator[None]) -> None:
     """Print a line whenever something is new, and the table at the end."""
     said = None
     for _ in looks:

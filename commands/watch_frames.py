@@ -1,8 +1,9 @@
 """What `pgt-diag watch` shows: how a run stands, layer by layer. `watch_sweep` has a sweep."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -25,26 +26,44 @@ _TABLE_LINES = 6
 """Lines of a table besides its rows, the line after it, and where the cursor rests."""
 
 
-class View(ABC):
+class _Snapshot(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def running(self) -> bool: ...
+
+
+S = TypeVar("S", bound=_Snapshot)
+
+
+class View(ABC, Generic[S]):
     """How a run, or a folder of runs, stood at the newest look, and how that is shown."""
 
-    @abstractmethod
+    _now: S
+
+    def __init__(self, path: Path, look: Callable[[float], S]) -> None:
+        self._path = path
+        self._look = look
+
     def look(self, now: float) -> None:
         """See how it stands at `now`, seconds since the epoch."""
+        self._now = self._look(now)
 
     @property
-    @abstractmethod
     def running(self) -> bool:
-        """Whether it goes on."""
+        """Whether it goes on; of a folder, whether a run does or the sweep is between two."""
+        return self._now.running
 
     @property
-    @abstractmethod
     def finished(self) -> bool:
         """Whether it has come to a good end."""
+        return self._now.status == "finished"
 
-    @abstractmethod
     def head(self) -> str:
         """Return its name and how it stands, as markup."""
+        return f"[bold]{safe(self._now.name)}[/] {safe(self._now.status)}"
 
     @abstractmethod
     def share(self) -> tuple[float, float] | None:
@@ -84,30 +103,11 @@ class View(ABC):
         return Group(*parts, self.table(screen, room))
 
 
-class RunView(View):
+class RunView(View[Snapshot]):
     """A run, by layer."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._follower = Follower(path)
-
-    def look(self, now: float) -> None:
-        """See how it stands at `now`, seconds since the epoch."""
-        self._now: Snapshot = self._follower.look(now)
-
-    @property
-    def running(self) -> bool:
-        """Whether it goes on."""
-        return self._now.running
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has come to a good end."""
-        return self._now.status == "finished"
-
-    def head(self) -> str:
-        """Return its name and how it stands, as markup."""
-        return f"[bold]{safe(self._now.name)}[/] {safe(self._now.status)}"
+        super().__init__(path, Follower(path).look)
 
     def share(self) -> tuple[float, float] | None:
         """Return how many iterations are made, and are planned."""

@@ -14,30 +14,11 @@ from reports.follow import Snapshot
 from reports.follow_sweep import RunNow, SweepFollower, SweepSnapshot
 
 
-class SweepView(View):
+class SweepView(View[SweepSnapshot]):
     """A sweep, or a folder of runs, by run."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._follower = SweepFollower(path)
-
-    def look(self, now: float) -> None:
-        """See how they stand at `now`, seconds since the epoch."""
-        self._now: SweepSnapshot = self._follower.look(now)
-
-    @property
-    def running(self) -> bool:
-        """Whether one goes on, or the sweep is between two."""
-        return self._now.running
-
-    @property
-    def finished(self) -> bool:
-        """Whether all have come to a good end."""
-        return self._now.status == "finished"
-
-    def head(self) -> str:
-        """Return its name and how it stands, as markup."""
-        return f"[bold]{safe(self._now.name)}[/] {self._now.status}"
+        super().__init__(path, SweepFollower(path).look)
 
     def share(self) -> tuple[float, float] | None:
         """Return how many runs have finished, counting those that go on by their share."""

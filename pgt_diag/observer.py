@@ -233,7 +233,7 @@ class MapObserver:
             if places
         ]
         if not found:
-            raise ConfigurationError("the first forward pass showed no convolution's map")
+            raise ConfigurationError(_why_nothing_was_seen(first))
         return max(found, key=lambda tap: order[tap.where])
 
     def _check_channels(self, name: str, calls: list[Call], first: "_FirstMaps") -> None:
@@ -352,18 +352,31 @@ def _named_call(named: Named, first: "_FirstMaps", example: str) -> Call:
     )
 
 
+def _why_nothing_was_seen(first: "_FirstMaps") -> str:
+    remedy = "name the maps with `taps=...`"
+    if first.with_gradient:
+        return f"no module shows the map of a convolution in the first forward pass; {remedy}"
+    return (
+        "the first forward pass ran without gradients: in checkpoint(..., use_reentrant=True), "
+        "which use_reentrant=False replaces, in torch.no_grad(), or with every layer frozen; "
+        f"change that, or {remedy}"
+    )
+
+
 class _FirstMaps:
     """What the first forward pass showed, at every call: the taps are known only after it."""
 
     def __init__(self) -> None:
         self.maps: dict[Call, dict[Reading, Tensor]] = {}
         self.gap: dict[Call, dict[Reading, Tensor]] = {}
+        self.with_gradient = False
 
     @torch.no_grad()
     def see(self, call: Call, values: Tensor) -> None:
         _check_batch(call, values)
         readings: tuple[Reading, ...] = ("sum", "peak", "positive")
         channels = values.shape[1]
+        self.with_gradient |= call.side == "output" and values.requires_grad
         self.maps[call] = {}
         self.gap[call] = {}
         for reading in readings:

@@ -13,10 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pgt_diag
 from pgt_diag import storage
-from pgt_diag.errors import NoSpaceError, RecorderError, RunDirectoryError, storage_error
+from pgt_diag.errors import (
+    ConfigurationError,
+    NoSpaceError,
+    RecorderError,
+    RunDirectoryError,
+    storage_error,
+)
 from reports.summary import RunSummary
 from reports.verdict import verdict
 from tests.loops import CLASSES, batches, norms64, small_net, train_steps
@@ -368,3 +375,41 @@ def test_an_empty_batch_is_named_and_kills_no_filter(whole: int, tmp_path: Path)
     assert run.iteration_count == whole
     if whole:
         assert run.state_counts("silent").to_numpy().sum() == 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_reentrant_checkpointing_is_named_and_the_other_kind_recorded(
+    tmp_path: Path, reentrant: bool
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu, self.head = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 4)
+
+        def maps(self, images: Tensor) -> Tensor:
+            return self.relu(self.conv(images))
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = checkpoint(self.maps, images, use_reentrant=reentrant)
+            return self.head(maps.mean((2, 3)))
+
+    model = Net()
+    with torch.no_grad():
+        model.conv.bias[1] = -100
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    images = torch.randn(4, 3, 8, 8, requires_grad=True)
+
+    def train() -> None:
+        with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer):
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), torch.arange(4)).backward()
+                optimizer.step()
+
+    if reentrant:
+        with pytest.raises(ConfigurationError, match="use_reentrant=True"):
+            train()
+        return
+    train()
+    run = pgt_diag.load_run(tmp_path / "run")
+    assert run.state_counts("silent")["conv"].tolist() == [1, 1]

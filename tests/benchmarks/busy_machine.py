@@ -24,7 +24,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from training_step import WARM_UP, Blocks, Ours, Process
+
+from pgt_diag.bench import Spread
+from pgt_diag.config import PRESETS, Preset, compose
+from pgt_diag.training import train
 
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS")
 SETTINGS: dict[str, dict[str, str]] = {
@@ -37,20 +45,12 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 def serve(options: argparse.Namespace) -> None:
     """Make blocks of the preset's iterations, for as long as they are asked for."""
-    import torch
-    from training_step import Blocks, Ours
-
-    from pgt_diag.config import PRESETS, Preset, compose
-    from pgt_diag.training import train
-
     blocks = Blocks(argparse.Namespace(cpu_time=False, steps=options.steps), torch.device("cpu"))
     # One epoch that outlasts the measurement: no evaluation and no checkpoint falls into a block.
-    blocks_made = 2 * options.rounds * len(options.neighbours) + 2
+    iterations = WARM_UP + options.steps * (2 * options.rounds * len(options.neighbours) + 1)
     one_epoch = {
         "dataset": "synthetic",
-        "synthetic_images": PRESETS[Preset(options.preset)]["batch_size"]
-        * options.steps
-        * blocks_made,
+        "synthetic_images": PRESETS[Preset(options.preset)]["batch_size"] * iterations,
         "epochs": 1,
         "warmup_epochs": 0.0,
         "schedule": "constant",
@@ -62,31 +62,10 @@ def serve(options: argparse.Namespace) -> None:
         train(config, Path(folder) / "run", listener=Ours(blocks))
 
 
-class Process:
-    """A training with one setting."""
-
-    def __init__(self, name: str, settings: dict[str, str]) -> None:
-        plain = {key: value for key, value in os.environ.items() if key not in VARIABLES}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], f"--serve={name}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env={**plain, **settings},
-        )
-
-    def wait(self) -> None:
-        if not self.process.stdout.readline():
-            sys.exit(f"{self.process.args[-1]} did not start")
-
-    def block(self) -> float:
-        self.process.stdin.write("\n")
-        return float(self.process.stdout.readline())
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+def start(name: str, settings: dict[str, str]) -> Process:
+    """Start a training with one setting."""
+    plain = {key: value for key, value in os.environ.items() if key not in VARIABLES}
+    return Process(__file__, name, {**plain, **settings})
 
 
 class Neighbours:
@@ -115,22 +94,17 @@ def main() -> None:
     parser.add_argument("--spins", type=int, nargs="*", default=[])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--loop", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
+    if options.loop:
         serve(options)
         return
     settings = {name: SETTINGS[name] for name in options.settings}
     settings |= {f"spin {count}": {"GOMP_SPINCOUNT": str(count)} for count in options.spins}
 
-    import torch
-
-    from pgt_diag.bench import Spread
-    from pgt_diag.config import PRESETS, Preset
-
     batch = PRESETS[Preset(options.preset)]["batch_size"]
     load_before = os.getloadavg()[0]
-    runs = {name: Process(name, values) for name, values in settings.items()}
+    runs = {name: start(name, values) for name, values in settings.items()}
     neighbours = Neighbours(max(options.neighbours))
     found = {}
     try:

@@ -187,12 +187,17 @@ def serve(options: argparse.Namespace, device: torch.device) -> None:
 
 
 class Process:
-    """One of the loops, in a process of its own."""
+    """This script once more, making the blocks of one loop."""
 
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, __file__, *sys.argv[1:], f"--loop={name}"]
+    def __init__(self, script: str, loop: str, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, script, *sys.argv[1:], f"--loop={loop}"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=environment,
         )
 
     def wait(self) -> None:
@@ -231,7 +236,7 @@ def main() -> None:
         return
     before = os.getloadavg()[0]
     names = ("ours", *options.loops)
-    loops = {name: Process(name) for name in names}
+    loops = {name: Process(__file__, name) for name in names}
     for each in loops.values():
         each.wait()
     spent: dict[str, list[float]] = {name: [] for name in names}
