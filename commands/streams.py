@@ -32,7 +32,8 @@ def make_safe() -> None:
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            with suppress(OSError):  # a pipe has taken the place of the file that it was
+                stream.reconfigure(errors="replace")
             setattr(sys, name, _outliving_its_reader(stream))
     for name in _WIDTHS:
         text = os.environ.get(name, "")

@@ -301,7 +301,9 @@ def test_rows_that_follow_on_other_data_are_refused_unless_that_is_accepted(
     remove_three(data)
     for row in (third, second):
         if row is third:
-            with pytest.raises(DataError, match=r"of the run in .*-s0-.*: .*--accept-changed"):
+            with pytest.raises(
+                DataError, match=r"of the run in .*-s0-.*: .*`accept_changed_data=True`"
+            ):
                 make_rows([row], folder)
         else:  # finished rows stay as they are
             assert make_row(row, folder).state is State.FINISHED
