@@ -66,9 +66,9 @@ def bench(
 
     for name, text in _rows(result).items():
         print(folded(sys.stdout, text, name=name.ljust(_NAMES)))
-    print(folded(sys.stdout, "Other load on this machine disturbs these: see the quartiles."))
-    if (busy := busy_note(result["machine"]["busy_cpus_before"])) is not None:
-        print(folded(sys.stdout, f"When this began, {busy}."))
+    busy = busy_note(result["machine"]["busy_cpus_before"])
+    warned = "Other load on this machine disturbs these: see the quartiles."
+    print(folded(sys.stdout, f"{warned} When they began, {busy}." if busy else warned))
 
 
 def _rows(result: dict[str, Any]) -> dict[str, str]:

@@ -126,6 +126,9 @@ def fitted(text: str, room: int, first_to_go: Sequence[str]) -> str:
 
 def write_out(text: str) -> None:
     """Write a whole document to standard output, in UTF-8 as in a file."""
+    if not hasattr(sys.stdout, "buffer"):  # text alone stands in its place, as in a notebook
+        sys.stdout.write(text)
+        return
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "replace"))
     sys.stdout.buffer.flush()

@@ -282,9 +282,11 @@ def meant(
 
 
 def _nearest(text: str, known: list[str]) -> str | None:
-    if (often := _OFTEN_MEANT.get(text)) in known:
-        return often
-    near = difflib.get_close_matches(text, known, n=1, cutoff=_LIKE)
+    others = {name: key for name, key in _OFTEN_MEANT.items() if key in known}
+    near = [
+        others.get(name, name)
+        for name in difflib.get_close_matches(text, [*known, *others], n=1, cutoff=_LIKE)
+    ]
     begun = [name for name in known if len(text) >= _BEGUN and name.startswith(text)]
     return next(iter([*near, *begun]), None)
 

@@ -83,7 +83,7 @@ def test_a_resume_that_does_not_fit_keeps_nobody_out(tmp_path: Path) -> None:
     with pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer) as first:
         train_steps(model, optimizer)
         state = first.state_dict()
-    bad = {**state, "encoder": {**state["encoder"], "dead_for": torch.zeros(3)}}
+    bad = {**state, "encoder": {**state["encoder"], "initial_norms": torch.zeros(3)}}
     with pytest.raises(ValueError, match="not of 11 filters"):
         pgt_diag.FilterRecorder(model, tmp_path / "run", optimizer=optimizer, resume=bad)
     assert not is_locked(tmp_path / "run")
