@@ -13,7 +13,7 @@ Source: GCC's manual of libgomp, "GOMP_SPINCOUNT"; `tests/benchmarks/busy_machin
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,22 +32,22 @@ _CHOSEN_BY_USER = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 @contextmanager
-def sharing_cpus(tell: Callable[[], None] = lambda: None) -> Iterator[None]:
+def sharing_cpus() -> Iterator[threading.Event]:
     """Watch, in a thread, whether others need the CPUs; let OpenMP's threads spin while not.
 
-    tell: called once, in that thread, when others are found to need them. Threads wait as ever
-    where the environment says how, where there is one, and where OpenMP is another one than GNU's;
-    nothing is watched where the system does not say how long threads wait for a CPU.
+    Yields what is set, once, when others are found to need them. Threads wait as ever where the
+    environment says how, where there is one, and where OpenMP is another one than GNU's; nothing is
+    watched where the system does not say how long threads wait for a CPU.
     """
+    found, ended = threading.Event(), threading.Event()
     if not (_THREADS / str(threading.get_native_id()) / "schedstat").exists():
-        yield
+        yield found
         return
-    ended = threading.Event()
-    watching = partial(_watch, ended, tell, switch=_can_be_switched())
+    watching = partial(_watch, ended, found, switch=_can_be_switched())
     watch = threading.Thread(target=watching, daemon=True, name="pgt-diag-cpus")
     watch.start()
     try:
-        yield
+        yield found
     finally:
         ended.set()
         watch.join()
@@ -114,17 +114,17 @@ def _can_be_switched() -> bool:
         return False
 
 
-def _watch(ended: threading.Event, tell: Callable[[], None], *, switch: bool) -> None:
-    contention, team, told = Contention(), None, False
+def _watch(ended: threading.Event, found: threading.Event, *, switch: bool) -> None:
+    contention, team, known = Contention(), None, False
     waited, at = waited_seconds(), time.monotonic()
     try:
         while not ended.wait(_SECONDS):
             waited_before, before = waited, at
             waited, at = waited_seconds(), time.monotonic()
             busy = contention.update(max(0.0, waited - waited_before) / (at - before))
-            if busy and not told:
-                told = True
-                tell()
+            if busy and not known:
+                known = True
+                found.set()
             if busy and switch and team is None:
                 team = SleepingTeam()
             elif not busy and team is not None:

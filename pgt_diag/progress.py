@@ -64,7 +64,7 @@ class Listener:
         """Before the first iteration."""
 
     def noted(self, message: str) -> None:
-        """When a person should know something, and training goes on; maybe from another thread."""
+        """When a person should know something, and training goes on."""
 
     def iterated(self, progress: Progress) -> None:
         """After every iteration."""

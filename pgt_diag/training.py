@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -98,10 +99,9 @@ def train(
             session.check_space(new=state is None)
     with world.together():
         session.record(force=force, command=command, resume=resume)
-    listener = listener or Listener()
-    waits = world.device.type == "cpu"
-    with sharing_cpus(lambda: listener.noted(_BUSY)) if waits else nullcontext():
-        return session.run(listener, stop, resume)
+    shared = sharing_cpus() if world.device.type == "cpu" else nullcontext(threading.Event())
+    with shared as busy:
+        return session.run(listener or Listener(), stop, resume, busy)
 
 
 def plan(
@@ -573,13 +573,19 @@ class _Session:
             directory=self.directory,
         )
 
-    def run(self, listener: Listener, stop: Callable[[], bool], resume: ResumePoint | None) -> Path:
+    def run(
+        self,
+        listener: Listener,
+        stop: Callable[[], bool],
+        resume: ResumePoint | None,
+        busy: threading.Event,
+    ) -> Path:
         status: Ending = "failed"
         message: str | None = None
         try:
             listener.started(self.plan(resume))
             self.step = self._training_step(listener)
-            self._run_epochs(listener, stop)
+            self._run_epochs(listener, stop, busy)
             status = "finished"
         except KeyboardInterrupt:
             status, message = "interrupted", "stopped by the user"
@@ -655,7 +661,9 @@ class _Session:
             if before.get(key) != now[key]
         )
 
-    def _run_epochs(self, listener: Listener, stop: Callable[[], bool]) -> None:
+    def _run_epochs(
+        self, listener: Listener, stop: Callable[[], bool], busy: threading.Event
+    ) -> None:
         steps = self.recorder.steps
         snapshots = {step for step in self._snapshot_iterations() if step >= steps}
         meter, position = self.meter, self.position
@@ -670,6 +678,9 @@ class _Session:
                     snapshots.discard(self.recorder.steps)
                 position.sums += self._step(parts)
                 position.batch += 1
+                if busy.is_set():
+                    busy.clear()
+                    listener.noted(_BUSY)
                 listener.iterated(meter.progress(position.epoch, self.recorder))
                 self._save_when_due(stop)
             metrics = meter.finish_epoch(position.sums, position.batch, self.recorder)

@@ -261,7 +261,9 @@ def test_by_default_a_bad_image_ends_the_run_with_its_name(root, name, workers):
     else:
         spoil_tables(root / "train" / name)
     data = open_folder(root, workers=workers, batch_size=18)
-    with pytest.raises(DataError, match=rf"^cannot read image .*train/{name}': .*skip$"):
+    with pytest.raises(
+        DataError, match=rf"^cannot read image .*train/{name}': .*`bad_images=\"skip\"`$"
+    ):
         list(data.train_batches(0))
     data.close()
     assert data.bad_images == ()

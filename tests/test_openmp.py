@@ -33,7 +33,7 @@ print(beside / alone, spent() / alone)
 """
 
 _CROWDED = """
-import os, subprocess, sys, threading, torch
+import os, subprocess, sys, torch
 from pgt_diag import openmp
 
 made = []
@@ -45,12 +45,12 @@ class Team(openmp.SleepingTeam):
 
 openmp.SleepingTeam = Team
 torch.set_num_threads(2)
-values, seen = torch.ones(1 << 16), threading.Event()
+values = torch.ones(1 << 16)
 values.neg_()
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
 try:
-    with openmp.sharing_cpus(seen.set):
+    with openmp.sharing_cpus() as seen:
         for _ in range(1_000_000):
             if seen.is_set():
                 break
