@@ -638,13 +638,11 @@ class FilterRecorder:
             raise RecorderError(f"{step}: stop_when_diverged needs log(loss=...) at every step")
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _after_step(self, *_: object) -> None:
         began = time.perf_counter()
         assert self._ring is not None
         row = self._ring.row
         if self._measuring is not None:
-            assert isinstance(optimizer, MeasuringSGD)
-            self._seconds += optimizer.measuring_seconds
             write_total_norm(row.gradient_norms, self._measuring, row.scalars["grad_norm"])
         elif not self._rank:
             filter_norms(self._weights(), row.weight_norms_of)

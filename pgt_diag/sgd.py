@@ -5,7 +5,6 @@ network's step. A CPU still has a parameter in its cache when its norms are take
 """
 
 import inspect
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +25,6 @@ class MeasuringSGD(torch.optim.SGD):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named, fused=True)
         self._norms: Mapping[Tensor, tuple[Tensor, Tensor]] | None = None
-        self.measuring_seconds = 0.0
-        """Time that measuring took of the last step, seconds; on a GPU it is part of the kernel."""
 
     def measured(self) -> list[Tensor]:
         """Return the parameters that the next step changes, or none if it cannot measure them."""
@@ -67,7 +64,6 @@ class MeasuringSGD(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         """Make a step; see `torch.optim.SGD.step`."""
         norms, self._norms = self._norms, None
-        self.measuring_seconds = 0.0
         if norms is None:
             # Where torch has wrapped SGD's own step, it would call this step's hooks once more.
             return inspect.unwrap(torch.optim.SGD.step)(self, closure)
@@ -106,7 +102,7 @@ class MeasuringSGD(torch.optim.SGD):
                 if parameter.grad is None:
                     continue
                 of_gradient, of_weight = norms[parameter]
-                self._write_norms(parameter.grad, of_gradient)
+                filter_norms([rows_of(parameter.grad)], [of_gradient])
                 momentum = self.state[parameter]["momentum_buffer"]
                 sgd(
                     [parameter],
@@ -116,9 +112,4 @@ class MeasuringSGD(torch.optim.SGD):
                     found_inf=getattr(self, "found_inf", None),
                     **settings,
                 )
-                self._write_norms(parameter, of_weight)
-
-    def _write_norms(self, values: Tensor, out: Tensor) -> None:
-        began = time.perf_counter()
-        filter_norms([rows_of(values)], [out])
-        self.measuring_seconds += time.perf_counter() - began
+                filter_norms([rows_of(parameter)], [of_weight])
