@@ -1,7 +1,7 @@
 """SGD that measures filters on the way: its step reads every gradient and writes every weight.
 
 To read them again for their norms takes a GPU longer than all else that is recorded of a small
-network's step. A CPU still has a parameter in its cache when its norms are taken around its update.
+network's step.
 """
 
 import inspect
@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd
 
-from pgt_diag.reductions import filter_norms, rows_of, working_kernels
+from pgt_diag.reductions import rows_of, working_kernels
 
 
 class MeasuringSGD(torch.optim.SGD):
     """`torch.optim.SGD(..., fused=True)`; after `measure()` the next step also writes norms.
 
-    On a GPU that step is made by a kernel of our own, equal to torch's but for rounding; on a CPU
-    it is torch's, parameter by parameter.
+    That step is made by a kernel of our own: equal to torch's but for rounding.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -30,10 +28,7 @@ class MeasuringSGD(torch.optim.SGD):
         """Return the parameters that the next step changes, or none if it cannot measure them."""
         groups = self.param_groups
         changed = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not changed:
-            return []
-        kernels = working_kernels(changed[0].device)
-        if kernels is None and changed[0].device.type != "cpu":
+        if not changed or (kernels := working_kernels(changed[0].device)) is None:
             return []
         unusual = any(group["dampening"] or group["maximize"] for group in groups)
         if unusual or getattr(self, "grad_scale", None) is not None:
@@ -46,13 +41,13 @@ class MeasuringSGD(torch.optim.SGD):
                 or each.dtype != torch.float32
                 or each.device != changed[0].device
                 or each.stride() != parameter.stride()
-                or (kernels is not None and not kernels.is_dense(rows_of(each)))
+                or not kernels.is_dense(rows_of(each))
                 for each in alike
             ):
                 return []
         return changed
 
-    def measure(self, norms: Mapping[Tensor, tuple[Tensor, Tensor]] | None) -> None:
+    def measure(self, norms: Mapping[Tensor, tuple[Tensor, Tensor]]) -> None:
         """Have the next step write, for each parameter of `measured()`, two (filters,) norms.
 
         The first are those of the gradient as the step gets it, the second those of the parameter
@@ -68,9 +63,6 @@ class MeasuringSGD(torch.optim.SGD):
             # Where torch has wrapped SGD's own step, it would call this step's hooks once more.
             return inspect.unwrap(torch.optim.SGD.step)(self, closure)
         kernels = working_kernels(next(iter(norms)).device)
-        if kernels is None:
-            self._step_one_by_one(norms)
-            return None
         for group in self.param_groups:
             updates = [
                 kernels.Update(
@@ -91,25 +83,3 @@ class MeasuringSGD(torch.optim.SGD):
                 nesterov=group["nesterov"],
             )
         return None
-
-    def _step_one_by_one(self, norms: Mapping[Tensor, tuple[Tensor, Tensor]]) -> None:
-        for group in self.param_groups:
-            settings = {
-                name: group[name]
-                for name in ("lr", "momentum", "weight_decay", "dampening", "nesterov", "maximize")
-            }
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                of_gradient, of_weight = norms[parameter]
-                filter_norms([rows_of(parameter.grad)], [of_gradient])
-                momentum = self.state[parameter]["momentum_buffer"]
-                sgd(
-                    [parameter],
-                    [parameter.grad],
-                    [momentum],
-                    fused=True,
-                    found_inf=getattr(self, "found_inf", None),
-                    **settings,
-                )
-                filter_norms([rows_of(parameter)], [of_weight])

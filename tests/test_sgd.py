@@ -18,10 +18,9 @@ from tests.loops import batches, norms64, small_net
 SETTINGS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-2, "nesterov": True}
 
 
-@pytest.fixture(params=["a GPU's kernels", "a CPU"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "a CPU":
-        plain_kernels.use(monkeypatch, plain_kernels)
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_kernels.use(monkeypatch, plain_kernels)
 
 
 def trained(kind: type[torch.optim.SGD], *, measure: bool = False) -> tuple[nn.Module, Any]:
@@ -57,25 +56,6 @@ def test_a_measured_step_is_torchs_and_its_norms_are_right(kernels: None) -> Non
             rtol=1e-4,
             atol=1e-6,
         )
-
-
-def test_on_a_cpu_a_measured_step_is_torchs_to_the_bit() -> None:
-    models = [small_net(), small_net()]
-    ours = MeasuringSGD(models[0].parameters(), **SETTINGS)
-    torchs = torch.optim.SGD(models[1].parameters(), **SETTINGS, fused=True)
-    for images, target in batches(4, side=14):
-        for model, optimizer in zip(models, (ours, torchs), strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(images), target).backward()
-        measured = ours.measured()
-        filters = [len(each) if each.dim() > 1 else 1 for each in measured]
-        places = [tuple(torch.empty(2, count)) for count in filters]
-        ours.measure(dict(zip(measured, places, strict=True)) or None)
-        ours.step()
-        torchs.step()
-    assert measured, "only the first step has no momentum"
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_an_unmeasured_step_is_torchs_to_the_bit_and_its_hooks_run_once() -> None:
