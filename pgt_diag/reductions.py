@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SAFE_NORM = 1e-15
@@ -51,8 +52,10 @@ def filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         else:
             dtype = torch.promote_types(weight.dtype, norms.dtype)
             norms.copy_(torch.linalg.vector_norm(weight, dim=dims, dtype=dtype))
-    for weight, norms in zip(weights, out, strict=True):
-        take_norms_again(weight, norms)
+    # Once for all: of an operation on a few hundred numbers its start takes the most time.
+    if len(_odd(torch.cat(list(out)).numpy())):
+        for weight, norms in zip(weights, out, strict=True):
+            take_norms_again(weight, norms)
 
 
 def _start_filter_norms(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
@@ -104,9 +107,7 @@ def take_norms_again(weight: Tensor, norms: Tensor) -> None:
 
     weight: (filters, ...), of which they are the norms.
     """
-    # NumPy: of an operation on a few hundred numbers torch's start takes the most time.
-    values = norms.numpy()
-    found = np.flatnonzero((values < SAFE_NORM) | (values == np.inf))
+    found = _odd(norms.numpy())
     if len(found) == 0:
         return
     odd = torch.from_numpy(found)
@@ -114,6 +115,11 @@ def take_norms_again(weight: Tensor, norms: Tensor) -> None:
     least, largest = torch.aminmax(rows)
     if least != 0 or largest != 0:
         norms[odd] = fitted(exact_norms(rows), norms.dtype)
+
+
+def _odd(norms: NDArray[Any]) -> NDArray[np.intp]:
+    """Return where norms are not to be trusted."""
+    return np.flatnonzero((norms < SAFE_NORM) | (norms == np.inf))
 
 
 def exact_norms(rows: Tensor) -> Tensor:
@@ -188,7 +194,7 @@ def _reduce(values: Tensor, reading: Reading) -> Tensor:
     if reading == "sum":
         if values.is_cuda or not values.is_contiguous():
             return values.sum(dims, dtype=torch.float32)
-        if values.shape[2:].numel() < _FEW_PIXELS:
+        if values.shape[2:].numel() <= _FEW_PIXELS:
             over_batch = values.flatten(1).sum(0, dtype=torch.float32)
             return over_batch.view(values.shape[1], -1).sum(1)
         return values.flatten(2).sum(2, dtype=torch.float32).sum(0)
