@@ -179,7 +179,7 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(wanted)
 
 
-_BUSY = "other processes need the CPUs: training is slower than on an idle machine"
+_BUSY = "other processes, its own loaders among them, take CPUs from training and slow it down"
 _CHECKPOINT_SECONDS = 300.0
 _MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 """What loading a checkpoint of another run raises."""
